@@ -1,0 +1,122 @@
+"""What a person sees: progress on stderr while a run goes on, tables on stdout when it ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastdlp.federation import Federation
+    from fastdlp.training import Listener
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def watching(quiet: bool) -> Iterator[Listener]:
+    """A listener that shows progress and turns the first Ctrl-C into a stop after the running round."""
+    from fastdlp.training import Listener
+
+    listener = Listener()
+    with _first_interrupt() as interrupted:
+        listener.should_stop = lambda: bool(interrupted)
+        if quiet:
+            yield listener
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=err, transient=True) as progress:
+            bar = progress.add_task("preparing", total=None)
+
+            def preparing(text: str) -> None:
+                progress.update(bar, description=f"preparing: {escape(text)}")
+
+            def started(run: Path, federation: Federation, zero_shot: float, finished: int) -> None:
+                config = federation.config
+                err.print(f"[bold]{config.method}[/] on {escape(federation.pixels.name)}, {config.encoder} encoder of "
+                          f"{escape(config.model)}, {federation.partition.clients} clients → {escape(str(run))}",
+                          highlight=False)  # fmt: skip
+                for notice in notices(federation):
+                    err.print(f"[yellow]{escape(notice)}[/]", highlight=False)
+                progress.reset(bar, total=config.rounds, completed=finished, description=f"zero-shot {zero_shot:.3f}")
+
+            def finished_round(line: dict[str, Any]) -> None:
+                text = f"accuracy {line['accuracy']:.3f}, lowest client {line['clients_lowest']:.3f}"
+                if interrupted:
+                    text = "stopping after this round"
+                progress.update(bar, completed=line["round"], description=text)
+
+            listener.preparing, listener.started, listener.finished_round = preparing, started, finished_round
+            yield listener
+
+
+def notices(federation: Federation) -> list[str]:
+    """What a user must know before the run: empty clients, dropped images."""
+    found = []
+    if empty := federation.partition.empty:
+        found.append(f"clients without a training sample, taking no part in training: {', '.join(map(str, empty))}")
+    if bad := federation.pixels.bad:
+        shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        found.append(f"{len(bad)} images cannot be read and were skipped: {shown}")
+    return found
+
+
+def print_summary(summary: dict[str, Any], run: str | Path) -> None:
+    """The clients' table and the run's figures."""
+    title = f"{summary['method']} · {summary['dataset']} · {summary['encoder']} encoder · {summary['rounds']} rounds"
+    out.print(client_table(summary["per_client"], title))
+    figures = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("accuracy, last round", f"{summary['accuracy_last']:.4f}   (zero-shot {summary['zero_shot']:.4f})"),
+        ("best round on test", f"{summary['accuracy_best_test']:.4f}   (round {summary['round_best_test']})"),
+        ("clients", f"mean {summary['accuracy_mean_clients']:.4f}, std {summary['clients_std']:.4f}, "
+                    f"lowest {summary['clients_lowest']:.4f}"),
+        ("exchanged", f"{summary['uploaded_parameters']:,} parameters, {summary['uploaded_bytes_per_client_round']:,} bytes "
+                      "each way per client and round"),
+        ("gates at zero", f"{summary['gates_zero_share']:.1%}"),
+        ("time", f"{summary['seconds_total']:.1f} s, {summary['seconds_preparation']:.1f} s of it preparation"),
+        ("run folder", str(run)),
+    ):  # fmt: skip
+        figures.add_row(f"[bold]{name}[/]", escape(value))
+    out.print(figures, highlight=False)
+
+
+def client_table(clients: list[dict[str, Any]], title: str) -> Table:
+    """A row per client, the lowest marked."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("client", "train", "test", "correct", "accuracy"):
+        table.add_column(column, justify="right")
+    lowest = min((c["accuracy"] for c in clients if c["accuracy"] is not None), default=None)
+    for c in clients:
+        accuracy = "–" if c["accuracy"] is None else f"{c['accuracy']:.3f}"
+        style = "red" if c["accuracy"] is not None and c["accuracy"] == lowest else None
+        table.add_row(str(c["client"]), str(c["n_train"]), str(c["n_test"]), str(c["correct"]), accuracy, style=style)
+    return table
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C in the yielded list; the second raises KeyboardInterrupt as usual."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        err.print("stopping after this round; press Ctrl-C again to stop at once", style="yellow")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,98 @@
+"""What `fastdlp info` and `fastdlp data show` print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fastdlp.bank import AdapterBank
+from fastdlp.clip import describe
+from fastdlp.config import TrainConfig
+from fastdlp.data.names import check_name
+from fastdlp.data.partition import SCHEMES, Partition, counts, load_partition, make_partition
+from fastdlp.data.show import partition_figure, partition_table
+from fastdlp.data.sources import load_source
+from fastdlp.errors import FastdlpError
+from fastdlp.exchange import client_tensors, pack, shared_tensors
+from fastdlp.methods import make_method
+from fastdlp.sites import tower_sites
+
+
+def count(config: TrainConfig) -> dict[str, Any]:
+    """Parameters and bytes of a method on a model, from its configuration alone."""
+    method = make_method(config)
+    image, text = describe(config.model)
+    sites = tower_sites(image if config.encoder == "image" else text)
+    bank = AdapterBank(sites, method.branches(), slots=1)
+    shared = shared_tensors(bank, {name: bank.state[name].weights for name in method.shared})
+    message = len(pack(shared))
+    return {
+        "model": config.model,
+        "method": config.method,
+        "encoder": config.encoder,
+        "adapted_linears": sum(len(site.parts) for site in sites),
+        "branches": {name: {"rank": b.rank, "gated": b.gated, "exchanged": name in method.shared} for name, b in bank.branches.items()},
+        "trainable_parameters": sum(t.numel() for t in client_tensors(bank, 0).values()),
+        "uploaded_parameters": sum(t.numel() for t in shared.values()),
+        "uploaded_bytes_per_client_round": message,
+        "downloaded_bytes_per_client_round": message,
+        "bytes_per_round_per_client": 2 * message,
+        "parameter_bytes_per_round_per_client": 2 * 4 * sum(t.numel() for t in shared.values()),
+    }  # fmt: skip
+
+
+def count_table(facts: dict[str, Any]) -> Table:
+    """The counts, a line each."""
+    table = Table(title=f"{facts['method']} on the {facts['encoder']} tower of {facts['model']}", title_justify="left",
+                  title_style="bold", show_header=False)  # fmt: skip
+    for name, branch in facts["branches"].items():
+        kind = ", gated" if branch["gated"] else ""
+        table.add_row(f"{name} adapter", f"rank {branch['rank']}{kind}, {'exchanged' if branch['exchanged'] else 'private'}")
+    for name, text in (
+        ("adapted_linears", "adapted linears"),
+        ("trainable_parameters", "trainable parameters, a client"),
+        ("uploaded_parameters", "uploaded parameters"),
+        ("bytes_per_round_per_client", "bytes a round and client, up and down"),
+        ("parameter_bytes_per_round_per_client", "of these parameters, as the paper counts"),
+    ):
+        table.add_row(text, f"{facts[name]:,}")
+    return table
+
+
+def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, console: Console) -> None:
+    """Print the client × class table of a partition, draw it, or both. Reads labels only, decodes nothing."""
+    check_name(config.dataset)
+    source = load_source(config.dataset, config.data_dir, config.download)
+    if config.partition in SCHEMES:
+        partition = make_partition(
+            source.labels, config.clients, config.partition, config.beta, config.classes_per_client, config.partition_seed,
+            config.test_fraction, config.empty_clients, source.name,
+        )  # fmt: skip
+    elif Path(config.partition).is_file():
+        partition = load_partition(config.partition, source.ids, source.name)
+    else:
+        raise FastdlpError(f"--partition {config.partition!r} is neither {', '.join(SCHEMES)} nor a partition file")
+    if picture is not None:
+        partition_figure(picture, partition, source.labels, source.class_names)
+    if as_json:
+        print(json.dumps(_facts(partition, source.labels, source.class_names), indent=1))
+        return
+    console.print(partition_table(partition, source.labels, source.class_names))
+    if picture is not None:
+        console.print(f"picture: {picture}", highlight=False)
+
+
+def _facts(partition: Partition, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+    cells = counts(partition, labels, len(class_names))
+    return {
+        "class_names": class_names,
+        "empty_clients": partition.empty,
+        "clients": [
+            {"client": i, "train": row[:, 0].tolist(), "test": row[:, 1].tolist()} for i, row in enumerate(cells)
+        ],
+    }

@@ -1,0 +1,211 @@
+"""The command line. Bad input ends in one line and exit code 2; a defect keeps its traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdlp.cli.options import config_options
+from fastdlp.config import TrainConfig
+from fastdlp.errors import FastdlpError
+
+app = typer.Typer(
+    name="fastdlp",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune CLIP federatedly: FEDDLP (arXiv 2503.07552) and the systems it is compared with.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are dealt to clients.")
+app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, beside PEFT in the same run.")
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+
+TRAIN_HELP = """Train a federation: every client adapts one frozen CLIP, all of them in one batch.
+
+Without options: FEDDLP on scikit-learn's handwritten digits with the embedded model, a demonstration that ends in a minute
+or two on two cores. The paper's setting, with OpenAI's weights:
+
+  fastdlp train --dataset pets --model ViT-B-32-quickgelu --pretrained openai --download --data-dir data
+
+A run leaves a folder with its config, the partition, a line of metrics a round, every client's adapters and a summary.
+Ctrl-C stops it after the running round; --resume goes on to the same bits."""
+
+
+@app.command(help=TRAIN_HELP)
+@config_options
+def train(
+    given: dict[str, Any],
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel="Record")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Record")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show nothing but errors.", rich_help_panel="Record")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel="Record")
+    ] = False,
+) -> None:
+    if resume is not None and overwrite:
+        raise FastdlpError("--resume and --overwrite exclude each other: one keeps the run, the other replaces it")
+    if resume is None:
+        TrainConfig(**given).resolved()  # a wrong option is told before torch is loaded
+    elif "out" in given:
+        raise FastdlpError("--resume writes to the folder of its run: leave out --out")
+    from fastdlp import training
+    from fastdlp.cli import console
+
+    try:
+        with console.watching(quiet or as_json) as listener:
+            if resume is not None:
+                rounds = given.pop("rounds", None)
+                summary = training.resume(resume, rounds, given, listener)
+            else:
+                summary = training.train(TrainConfig(**given), overwrite, listener)
+    except training.Stopped as stopped:
+        console.err.print(str(stopped), style="yellow", highlight=False)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    elif not quiet:
+        console.print_summary(summary, summary["config"]["out"])
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load the saved adapters of a run and score every client on its own test samples."""
+    from fastdlp import training
+    from fastdlp.cli import console
+
+    with console.watching(quiet=True) as listener:
+        scores = training.evaluate(run, listener, device)
+    if as_json:
+        print(json.dumps(scores, indent=1))
+        return
+    console.out.print(console.client_table(scores["per_client"], f"{run}"))
+    console.out.print(f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
+                      f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}")  # fmt: skip
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Option("--model", help="An open_clip model or glyph-clip.")] = TrainConfig.model,
+    method: Annotated[str, typer.Option("--method", help="feddlp, flora or local.")] = TrainConfig.method,
+    encoder: Annotated[str, typer.Option("--encoder", help="image or text.")] = TrainConfig.encoder,
+    rank_local: Annotated[int | None, typer.Option("--rank-local", help="Default: the method's.")] = None,
+    rank_global: Annotated[int, typer.Option("--rank-global")] = TrainConfig.rank_global,
+    models: Annotated[bool, typer.Option("--models", help="List the supported models instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Count what a method trains and exchanges. Loads no weights."""
+    from fastdlp.cli import console, inspect
+
+    if models:
+        from fastdlp.clip import known_models
+
+        names = known_models()
+        print(json.dumps(names) if as_json else "\n".join(names))
+        return
+    config = TrainConfig(
+        model=model, method=method, encoder=encoder, rank_local=rank_local, rank_global=rank_global  # type: ignore[arg-type]
+    ).resolved()
+    facts = inspect.count(config)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        console.out.print(inspect.count_table(facts))
+
+
+@data_app.command()
+def show(
+    dataset: Annotated[str, typer.Option("--dataset", help="digits, pets, flowers, aircraft, dtd or folder:PATH.")] = TrainConfig.dataset,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch it when it is not there.")] = False,
+    partition: Annotated[str, typer.Option("--partition", help="dirichlet, iid, pathological or a file.")] = TrainConfig.partition,
+    clients: Annotated[int, typer.Option("--clients")] = TrainConfig.clients,
+    beta: Annotated[float, typer.Option("--beta", help="Dirichlet concentration.")] = TrainConfig.beta,
+    classes_per_client: Annotated[int, typer.Option("--classes-per-client")] = TrainConfig.classes_per_client,
+    partition_seed: Annotated[int, typer.Option("--partition-seed")] = TrainConfig.partition_seed,
+    test_fraction: Annotated[float, typer.Option("--test-fraction")] = TrainConfig.test_fraction,
+    empty_clients: Annotated[str, typer.Option("--empty-clients", help="keep, refuse or redraw.")] = TrainConfig.empty_clients,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw it to this .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show who holds what: clients by classes, training + test samples."""
+    from fastdlp.cli import console, inspect
+
+    config = TrainConfig(
+        dataset=dataset, data_dir=data_dir, download=download, partition=partition, clients=clients, beta=beta,
+        classes_per_client=classes_per_client, partition_seed=partition_seed, test_fraction=test_fraction,
+        empty_clients=empty_clients,  # type: ignore[arg-type]
+    ).resolved()  # fmt: skip
+    inspect.show_partition(config, picture, as_json, console.out)
+
+
+@bench_app.command()
+def step(
+    model: Annotated[str, typer.Option("--model", help="An open_clip model; its weights are random here.")] = "ViT-B-32-quickgelu",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = TrainConfig.batch_size,
+    precision: Annotated[list[str] | None, typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each form.")] = 7,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One FEDDLP step of one client beside the same step written with PEFT."""
+    from fastdlp.bench.report import print_step
+    from fastdlp.bench.step import bench_step
+    from fastdlp.cli import console
+    from fastdlp.federation import DTYPES, pick_device
+    from fastdlp.files import write_atomic
+
+    precisions = precision or ["fp32", "bf16"]
+    if unknown := [p for p in precisions if p not in DTYPES]:
+        raise FastdlpError(f"unknown --precision {unknown[0]!r}: choose from {', '.join(DTYPES)}")
+    with console.err.status("preparing") as status:
+        result = bench_step(model, batch_size, precisions, repeats, pick_device(device), status.update)
+    if output is not None:
+        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_step(result, console.out)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(standalone_mode=False)
+    except FastdlpError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Wrong usage is an exception of click, which Typer vendors or imports depending on its version.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (see --help)")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print("fastdlp: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

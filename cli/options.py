@@ -1,0 +1,118 @@
+"""The options of `fastdlp train`, made from `TrainConfig` so that command line and Python never differ.
+
+Every option is None when it is not given, which tells an explicit choice from a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from fastdlp.config import DEMONSTRATION, PAPER_LR, PROTOCOLS, TrainConfig
+
+WHAT, FEDERATION, OPTIMISER = "What to train", "Federation", "Optimiser and adapters"
+SWITCHES, MACHINE, RECORD = "Paper or authors' code (each switch of --protocol alone)", "Machine", "Record"
+
+# name: (panel, help). The order is the order in --help.
+HELP: dict[str, tuple[str, str]] = {
+    "method": (WHAT, "feddlp: private gated LoRA and shared LoRA that teach each other. flora: one LoRA, averaged. "
+                     "local: one LoRA, never exchanged."),
+    "encoder": (WHAT, "Which tower of CLIP carries the adapters: image or text."),
+    "dataset": (WHAT, "digits (embedded), pets, flowers, aircraft, dtd, or folder:PATH with one folder of images a class."),
+    "model": (WHAT, "glyph-clip (embedded, a demonstration) or an open_clip model with a ViT image tower, such as "
+                    "ViT-B-32-quickgelu; also local-dir:PATH."),
+    "pretrained": (WHAT, "A tag of open_clip, a checkpoint file (safetensors, or one that holds only tensors), or the word "
+                         "none for random weights. Default: the embedded weights, or OpenAI's."),
+    "data_dir": (WHAT, "Where the data set lies, or is downloaded to."),
+    "download": (WHAT, "Fetch the data set through torchvision when it is not in --data-dir."),
+    "bad_images": (WHAT, "Files that cannot be decoded: refuse the data set, or skip them."),
+    "template": (WHAT, "Prompt with one {} for the class name. Default: the data set's own."),
+    "clients": (FEDERATION, "Number of clients."),
+    "partition": (FEDERATION, "dirichlet, iid, pathological, or a partition.json of an earlier run."),
+    "beta": (FEDERATION, "Dirichlet concentration: 0.1 is uneven, 0.01 gives most clients one or two classes."),
+    "classes_per_client": (FEDERATION, "Classes a client, for --partition pathological."),
+    "partition_seed": (FEDERATION, "Seed of the partition, apart from --seed."),
+    "test_fraction": (FEDERATION, "Share of each client's samples that it is tested on."),
+    "empty_clients": (FEDERATION, "Clients without a training sample: keep them out of the training, refuse, or redraw."),
+    "rounds": (FEDERATION, "Rounds, each ended by FedAvg of the shared adapter."),
+    "local_epochs": (FEDERATION, "Passes over a client's samples in a round."),
+    "batch_size": (FEDERATION, "Samples in a client's batch."),
+    "seed": (FEDERATION, "Seed of adapters and batches."),
+    "lr": (OPTIMISER, "Learning rate of A and B (AdamW)."),
+    "gate_lr": (OPTIMISER, "Learning rate of the gate. Default: --lr."),
+    "weight_decay": (OPTIMISER, "Decoupled weight decay."),
+    "xi": (OPTIMISER, "ξ, the threshold that prunes the gate after each step; not scaled by the learning rate."),
+    "alpha": (OPTIMISER, "α, weight of the distillation loss in the local step."),
+    "rank_local": (OPTIMISER, "Rank of the local adapter. Default: the method's (feddlp 4, local 2)."),
+    "rank_global": (OPTIMISER, "Rank of the global adapter."),
+    "lora_alpha": (OPTIMISER, "LoRA's alpha: an adapter is scaled by alpha / rank."),
+    "init": (OPTIMISER, "How A starts: gaussian (variance 1/r), peft-gaussian (deviation 1/r) or kaiming."),
+    "protocol": (SWITCHES, "paper: as arXiv 2503.07552 writes it. reference: as its authors' code computes it."),
+    "teacher": (SWITCHES, "Teacher of the global step: fresh (after the local update) or pre-update (faster, another "
+                          "algorithm)."),
+    "task_loss": (SWITCHES, "cross-entropy over classes, or contrastive within the batch."),
+    "kd_direction": (SWITCHES, "student-teacher: KL(student ‖ teacher); or teacher-student."),
+    "kd_temperature": (SWITCHES, "Temperature T of the distillation; its loss is scaled by T²."),
+    "kd_logits": (SWITCHES, "Distil class logits, or the batch's image-text logits on both axes."),
+    "clip_norm": (SWITCHES, "Clip the gradient of A and B to this norm; 0: off."),
+    "threshold": (SWITCHES, "soft: T_ξ; reference: the code's own, with a dead zone of 2ξ."),
+    "transform": (SWITCHES, "model: the model's own (resize, crop); squash: to a square."),
+    "caption": (SWITCHES, "Training captions: the dataset's template, or plain 'a photo of a {}.'."),
+    "report": (SWITCHES, "Which round's accuracy is the run's: last, or best on test."),
+    "precision": (MACHINE, "fp32 or bf16 for weights and activations; adapters, gates and moments are always fp32."),
+    "device": (MACHINE, "auto, cpu, cuda or cuda:N."),
+    "micro_batch": (MACHINE, "Rows that go through the tower at once. Default: what fits the memory."),
+    "out": (RECORD, "Run folder. Default: a new one under runs/."),
+    "checkpoint_every": (RECORD, "Rounds between checkpoints."),
+    "trace": (RECORD, "Also write every client's adapters each round and every batch, for a replay."),
+}  # fmt: skip
+
+
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a Typer command an option for every field of `TrainConfig`; it gets the given ones as a dict, first."""
+    hints = get_type_hints(TrainConfig)
+    parameters, annotations = [], {}
+    for name, (panel, text) in HELP.items():
+        kind = Annotated[_plain(hints[name]) | None, _option(name, text, panel)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        annotations[name] = kind
+
+    def wrapped(**values: Any) -> None:
+        given = {name: values.pop(name) for name in HELP}
+        command({name: value for name, value in given.items() if value is not None}, **values)
+
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(command, eval_str=True).parameters.values()][1:]
+    wrapped.__signature__ = inspect.Signature(parameters + own)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = annotations | {p.name: p.annotation for p in own}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def _option(name: str, text: str, panel: str) -> Any:
+    flag = "--" + name.replace("_", "-")
+    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=_default(name))
+
+
+def _default(name: str) -> str | bool:
+    """What --help shows as the default: the config's, or how it follows from protocol and model."""
+    value = next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name)
+    if value is not None:
+        return False if isinstance(value, bool) else str(value)
+    by_protocol = [preset[name] for preset in PROTOCOLS.values() if name in preset]
+    parts = [f"{v} ({protocol})" for protocol, v in zip(PROTOCOLS, by_protocol)]
+    if name == "lr":
+        parts = [f"{PAPER_LR:g}"]
+    if name in DEMONSTRATION:
+        parts.append(f"{DEMONSTRATION[name]} (glyph-clip)")
+    return ", ".join(parts) or False
+
+
+def _plain(hint: Any) -> type:
+    """The type that the command line parses: Literals are strings, checked by the config with its own message."""
+    kinds = [arg for arg in get_args(hint) if arg is not type(None)] or [hint]
+    kind = kinds[0]
+    return kind if kind in (int, float, bool, str) else str

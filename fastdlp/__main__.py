@@ -1,0 +1,5 @@
+"""`python -m fastdlp`."""
+
+from fastdlp.cli.main import main
+
+main()

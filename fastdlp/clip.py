@@ -1,0 +1,388 @@
+"""CLIP models by open_clip's names, as frozen towers and stems. The only module that imports open_clip.
+
+Supported: open_clip's own ViT image towers with its own text transformer (OpenAI, LAION, DataComp, MetaCLIP,
+CLIPA weights; QuickGELU or GELU), by name and tag, by `local-dir:` folder or by a checkpoint file; and the
+embedded `glyph-clip`. Weights are read as safetensors or with torch's weights-only loader, never unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdlp.config import EMBEDDED_MODEL
+from fastdlp.data.transform import Transform
+from fastdlp.errors import FastdlpError
+from fastdlp.sites import TowerShape
+from fastdlp.stem import ImageStem, TextStem
+from fastdlp.tower import Block, Linear, Norm, Tower
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SUPPORTED = "supported are open_clip's ViT image towers with its own text transformer, such as ViT-B-32-quickgelu"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP in fp32 on the CPU, ready to be moved tower by tower."""
+
+    name: str
+    image: Tower
+    text: Tower
+    image_stem: ImageStem
+    text_stem: TextStem
+    tokenize: Callable[[list[str]], Tensor]
+    transform: Transform
+    logit_scale: float  # exp(logit_scale), frozen
+
+    def tower(self, encoder: str) -> Tower:
+        return self.image if encoder == "image" else self.text
+
+    def fingerprint(self) -> str:
+        """sha256 over all frozen weights: adapters belong to exactly these."""
+        digest = hashlib.sha256(repr(self.logit_scale).encode())
+        for part in (self.image, self.text, self.image_stem, self.text_stem):
+            _hash(part, digest)
+        return digest.hexdigest()
+
+
+def known_models() -> list[str]:
+    """The names that `--model` takes, without local-dir: and hf-hub:."""
+    import open_clip
+
+    return [EMBEDDED_MODEL] + [name for name in open_clip.list_models() if not _why_not(open_clip.get_model_config(name))]
+
+
+def describe(model: str) -> tuple[TowerShape, TowerShape]:
+    """Image and text tower sizes from the model's configuration alone; loads no weights.
+
+    Raises:
+        FastdlpError: unknown or unsupported model.
+    """
+    config = _model_config(model)
+    vision, text, embed = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+
+    def shape(tower: dict[str, Any], width: int) -> TowerShape:
+        w = tower.get("width", width)
+        return TowerShape(tower.get("layers", 12), w, int(w * tower.get("mlp_ratio", 4.0)), embed)
+
+    return shape(vision, 768), shape(text, 512)
+
+
+def load_clip(model: str, pretrained: str | None = None, seed: int = 0) -> Clip:
+    """Load a frozen CLIP.
+
+    Args:
+        model: an open_clip name, `local-dir:PATH`, `hf-hub:ORG/REPO` or `glyph-clip`.
+        pretrained: a tag of open_clip, a checkpoint file, or the word `none` for random weights. None takes
+            the embedded weights (glyph-clip) or OpenAI's.
+        seed: of the random weights.
+
+    Raises:
+        FastdlpError: unknown or unsupported model, unknown tag, missing, foreign or damaged checkpoint,
+            weights that cannot be downloaded.
+    """
+    if model == EMBEDDED_MODEL:
+        net, preprocess, tokenize = _load_embedded(pretrained, seed)
+    else:
+        net, preprocess, tokenize = _load_open_clip(model, pretrained, seed)
+    return Clip(
+        name=model,
+        image=_image_tower(net.visual),
+        text=_text_tower(net),
+        image_stem=_image_stem(net.visual),
+        text_stem=_text_stem(net),
+        tokenize=tokenize,
+        transform=_transform(preprocess),
+        logit_scale=float(net.logit_scale.detach().exp()),
+    )
+
+
+def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
+    """The captions of the classes: "a photo of a {}." with each name put in."""
+    return [template.replace("{}", name) for name in class_names]
+
+
+# -- loading ------------------------------------------------------------------------------------------------
+
+
+def _model_config(model: str) -> dict[str, Any]:
+    import open_clip
+
+    if model == EMBEDDED_MODEL:
+        return _embedded_description()["model_cfg"]
+    if model.startswith("local-dir:"):
+        path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
+        try:
+            config = json.loads(path.read_text())["model_cfg"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FastdlpError(f"--model {model}: {path} is not an open_clip configuration ({error})") from None
+    elif model.startswith("hf-hub:"):
+        from open_clip.factory import _get_hf_config
+
+        try:
+            config = _get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"]
+        except Exception as error:  # the hub client raises a zoo of types; each means "not to be had"
+            raise FastdlpError(f"--model {model} cannot be fetched (offline?): {_first_line(error)}") from None
+    else:
+        config = open_clip.get_model_config(model)
+    if config is None:
+        raise FastdlpError(f"unknown model {model!r}: try {EMBEDDED_MODEL}, ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14 "
+                           "(fastdlp info --models lists all)")  # fmt: skip
+    if why := _why_not(config):
+        raise FastdlpError(f"model {model!r} has {why}: {SUPPORTED}")
+    return config
+
+
+def _why_not(config: dict[str, Any]) -> str | None:
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    if vision.get("timm_model_name"):
+        return "a timm image tower"
+    if isinstance(vision.get("layers"), list):
+        return "a ResNet image tower"
+    if text.get("hf_model_name"):
+        return "a Hugging Face text tower"
+    if "multimodal_cfg" in config or vision.get("attentional_pool"):
+        return "an attentional pooler (CoCa)"
+    if config.get("custom_text") or text.get("embed_cls") or config.get("init_logit_bias") is not None:
+        return "a text tower or loss of another kind"
+    special = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc", "block_type")
+    if any(tower.get(name) for tower in (vision, text) for name in special):
+        return "attention blocks of another kind"
+    return None
+
+
+def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    config = _model_config(model)
+    options: dict[str, Any] = {}
+    if ":" in model:  # local-dir: and hf-hub: bring their own weights
+        weights = None
+        if pretrained not in (None, "none"):
+            raise FastdlpError(f"--pretrained {pretrained} does not go with --model {model}, which has its own weights")
+        options = {"load_weights": pretrained is None, "require_pretrained": pretrained is None}
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        weights = pretrained or ("openai" if "openai" in tags else None)
+        if weights is None:
+            raise FastdlpError(f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
+                               "a checkpoint file, or none for random weights")  # fmt: skip
+        if weights in tags:
+            options["force_quick_gelu"] = _activation_of_tag(model, weights, config, get_pretrained_cfg(model, weights))
+        elif weights != "none":
+            _check_file(model, weights, tags)
+    if weights == "none":
+        weights = None
+        options |= {"load_weights": False}
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        try:
+            net = open_clip.create_model(model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options)
+            tokenize = open_clip.get_tokenizer(model)
+        except Exception as error:  # open_clip, the hub client and torch raise a zoo of types
+            raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
+    return net.eval(), net.visual.preprocess_cfg, tokenize
+
+
+def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config: dict[str, Any]) -> bool:
+    """Whether to force QuickGELU. open_clip only warns when a tag's activation is not the model's."""
+    trained, built = bool(tag_config.get("quick_gelu")), bool(config.get("quick_gelu"))
+    if built and not trained:
+        raise FastdlpError(f"weights {tag!r} were trained with GELU, {model} has QuickGELU: use --model "
+                           f"{model.removesuffix('-quickgelu')}")  # fmt: skip
+    return trained
+
+
+def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
+    if not Path(path).is_file():
+        raise FastdlpError(f"--pretrained {path!r} is neither a file nor a tag of {model}: {', '.join(tags) or 'it has none'}, "
+                           "or none for random weights")  # fmt: skip
+    if Path(path).suffix not in CHECKPOINT_SUFFIXES:
+        raise FastdlpError(f"--pretrained {path}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
+
+
+def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
+    import open_clip
+    from safetensors.torch import load_file
+
+    from fastdlp.bytes_tokenizer import ByteTokenizer
+
+    description = _embedded_description()
+    config = description["model_cfg"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = open_clip.CLIP(**config)
+    if pretrained != "none":
+        if pretrained is not None:
+            _check_file(EMBEDDED_MODEL, pretrained, [])
+        path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
+        try:
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            net.load_state_dict(state)
+        except Exception as error:  # safetensors and torch have no common base for "not a checkpoint of this model"
+            raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
+    return net.eval(), description["preprocess_cfg"], ByteTokenizer(config["text_cfg"]["context_length"])
+
+
+def _embedded_description() -> dict[str, Any]:
+    return json.loads(_asset("glyph-clip.json").read_text())
+
+
+def _asset(name: str) -> Path:
+    return Path(str(resources.files("fastdlp") / "assets" / name))
+
+
+def _load_failure(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("size mismatch" in text or "Missing key" in text or "Unexpected key" in text):
+        return "the checkpoint is of another model"
+    if "weights_only" in text or "UnpicklingError" in type(error).__name__ or "TorchScript" in text:
+        return "the file holds more than tensors and will not be unpickled; convert it to safetensors"
+    if "download" in text.lower() or "connect" in text.lower() or "resolve" in text.lower():
+        return f"the weights cannot be downloaded (offline?); pass --pretrained FILE ({_first_line(error)})"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+class _quiet:
+    """open_clip reports "initialised randomly" and the like as warnings, hub clients as log lines; errors stay errors."""
+
+    def __enter__(self) -> None:
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+        self._level = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+
+    def __exit__(self, *exc: object) -> None:
+        logging.disable(self._level)
+        self._warnings.__exit__(*exc)
+
+
+# -- from modules to plain tensors --------------------------------------------------------------------------
+
+
+def _image_tower(visual: Any) -> Tower:
+    return Tower(
+        blocks=_blocks(visual.transformer),
+        ln_post=_norm(visual.ln_post),
+        proj=Linear(visual.proj.detach().T.contiguous(), None),
+        heads=visual.transformer.resblocks[0].attn.num_heads,
+        activation=_activation(visual.transformer),
+        causal=False,
+        pool={"tok": "tok", "avg": "avg"}[visual.pool_type],
+        norm_after_pool=bool(visual.final_ln_after_pool),
+    )
+
+
+def _text_tower(net: Any) -> Tower:
+    projection = net.text_projection
+    if projection is None:
+        raise FastdlpError(f"this text tower has no projection: {SUPPORTED}")
+    if isinstance(projection, nn.Linear):
+        proj = Linear(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+    else:
+        proj = Linear(projection.detach().T.contiguous(), None)
+    return Tower(
+        blocks=_blocks(net.transformer),
+        ln_post=_norm(net.ln_final),
+        proj=proj,
+        heads=net.transformer.resblocks[0].attn.num_heads,
+        activation=_activation(net.transformer),
+        causal=net.attn_mask is not None,
+        pool="index",
+    )
+
+
+def _image_stem(visual: Any) -> ImageStem:
+    ln_pre = None if isinstance(visual.ln_pre, nn.Identity) else _norm(visual.ln_pre)
+    return ImageStem(
+        visual.conv1.weight.detach(), visual.class_embedding.detach(), visual.positional_embedding.detach(), ln_pre
+    )
+
+
+def _text_stem(net: Any) -> TextStem:
+    causal = net.attn_mask is not None
+    return TextStem(
+        net.token_embedding.weight.detach(),
+        net.positional_embedding.detach(),
+        net.text_pool_type,
+        int(net.text_eos_id),
+        cut=causal,
+    )
+
+
+def _blocks(transformer: Any) -> tuple[Block, ...]:
+    def scale(module: Any) -> Tensor | None:
+        return None if isinstance(module, nn.Identity) else module.gamma.detach()
+
+    return tuple(
+        Block(
+            ln1=_norm(b.ln_1),
+            qkv=Linear(b.attn.in_proj_weight.detach(), b.attn.in_proj_bias.detach()),
+            out=_linear(b.attn.out_proj),
+            ls1=scale(b.ls_1),
+            ln2=_norm(b.ln_2),
+            fc1=_linear(b.mlp.c_fc),
+            fc2=_linear(b.mlp.c_proj),
+            ls2=scale(b.ls_2),
+        )
+        for b in transformer.resblocks
+    )
+
+
+def _activation(transformer: Any) -> str:
+    module = transformer.resblocks[0].mlp.gelu
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "quick_gelu"
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.bias.detach(), module.eps)
+
+
+def _linear(module: Any) -> Linear:
+    return Linear(module.weight.detach(), module.bias.detach())
+
+
+def _transform(preprocess: dict[str, Any]) -> Transform:
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise FastdlpError(f"the model takes {height}×{width} images; only square ones are supported")
+    return Transform(
+        size=height,
+        resize_mode=preprocess.get("resize_mode", "shortest"),
+        interpolation=preprocess.get("interpolation", "bicubic"),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
+
+
+def _hash(value: Any, digest: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(value.contiguous().numpy().tobytes())
+    elif isinstance(value, tuple):
+        for item in value:
+            _hash(item, digest)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            _hash(getattr(value, name), digest)
+    else:
+        digest.update(repr(value).encode())

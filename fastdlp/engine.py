@@ -1,0 +1,226 @@
+"""The federated engine: all clients step together over one copy of the frozen weights.
+
+Clients that still have a batch in this epoch form the active set of a step (lockstep); the set shrinks as
+small clients run out. A step may be cut into chunks of clients to bound memory. Order and chunks never
+decide a result: every client has its own adapters, loss, optimiser state and random stream.
+
+The engine knows no method by name, no dataset and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdlp.bank import AdapterBank, Adapters, View
+from fastdlp.methods.base import Method
+from fastdlp.objective import Objective, Outputs
+from fastdlp.optimiser import Hyperparameters, update
+from fastdlp.task import ClassificationTask, Samples
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One client of one federation: its samples, and the seed of its batches."""
+
+    train: np.ndarray  # [n_train] int64 sample numbers
+    test: np.ndarray  # [n_test]
+    federation: int
+    client: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a round is cut into steps. `micro_batch`: rows per view that go through the tower at once."""
+
+    batch_size: int
+    local_epochs: int
+    micro_batch: int
+
+
+@dataclass
+class RoundLosses:
+    """Losses of one round: per name and slot the mean over the samples of the round (nan: no step)."""
+
+    means: dict[str, np.ndarray] = field(default_factory=dict)
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    not_finite: tuple[int, int, str] | None = None  # (slot, step, loss) of the first loss that is not finite
+
+
+class Engine:
+    """Trains, averages and scores the slots of a bank.
+
+    Args:
+        method: what a step is and which branches are exchanged.
+        bank: the adapters of all slots.
+        task: the adapted tower and the frozen rest.
+        objective: task loss and distillation.
+        hyper: per-slot hyperparameters on the bank's device.
+        slots: one entry per row of the bank.
+        labels: [samples] int64 class numbers.
+        schedule: batches, epochs, chunks.
+        on_batch: called as (round, slot, step, sample numbers) for every batch, in order; for traces.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        bank: AdapterBank,
+        task: ClassificationTask,
+        objective: Objective,
+        hyper: Hyperparameters,
+        slots: Sequence[Slot],
+        labels: np.ndarray,
+        schedule: Schedule,
+        on_batch: Callable[[int, int, int, np.ndarray], None] | None = None,
+    ) -> None:
+        self.method, self.bank, self.task, self.objective, self.hyper = method, bank, task, objective, hyper
+        self.slots, self.labels, self.schedule, self.on_batch = tuple(slots), labels, schedule, on_batch
+        # The server's copy of each shared branch, one row per federation: [federations, D].
+        self.server: dict[str, Tensor] = {}
+        self.restore_server()
+
+    def restore_server(self) -> None:
+        """Take the server's adapters from the clients, who all hold them between rounds."""
+        first = {slot.federation: row for row, slot in reversed(list(enumerate(self.slots)))}
+        rows = [first[federation] for federation in sorted(first)]
+        self.server = {name: self.bank.state[name].weights[rows].clone() for name in self.method.shared}
+
+    def train_round(self, number: int) -> RoundLosses:
+        """Local epochs of every slot that has training samples; no exchange."""
+        steps = np.zeros(len(self.slots), np.int64)
+        history: list[tuple[list[int], np.ndarray, dict[str, Tensor]]] = []
+        for batches in self._lockstep(number):
+            for rows in self._chunks([len(b) for _, b in batches]):
+                chunk = [batches[i] for i in rows]
+                step = _Step(self, [slot for slot, _ in chunk], [samples for _, samples in chunk])
+                losses = {name: loss.detach() for name, loss in self.method.step(step).items()}
+                history.append(([slot for slot, _ in chunk], np.array([len(b) for _, b in chunk]), losses))
+            for slot, samples in sorted(batches, key=lambda batch: batch[0]):
+                if self.on_batch:
+                    self.on_batch(number, slot, int(steps[slot]), samples)
+                steps[slot] += 1
+        return self._summed(history, steps)
+
+    def aggregate(self) -> None:
+        """FedAvg: the server's branch = Σ n_k/n · client's, A and B separately; everyone goes on from it."""
+        for name in self.method.shared:
+            weights = self.bank.state[name].weights
+            for federation in range(len(self.server[name])):
+                rows = [i for i, slot in enumerate(self.slots) if slot.federation == federation]
+                sizes = torch.tensor([len(self.slots[i].train) for i in rows], dtype=torch.float64)
+                shares = (sizes / sizes.sum()).to(weights.device)
+                mean = (shares @ weights[rows].double()).float()
+                self.server[name][federation] = mean
+                weights[rows] = mean
+
+    @torch.no_grad()
+    def score(self, adapted: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Correct predictions and test samples of every slot, [slots] each; frozen model if not `adapted`."""
+        pieces = [
+            (slot, part)
+            for slot, entry in enumerate(self.slots)
+            for part in np.array_split(entry.test, -(-len(entry.test) // self.task.scoring_batch) or 1)
+            if len(part)
+        ]
+        correct = np.zeros(len(self.slots), np.int64)
+        pieces.sort(key=lambda piece: (-len(piece[1]), piece[0]))
+        for rows in self._chunks([len(part) for _, part in pieces]):
+            chunk = [pieces[i] for i in rows]
+            samples = Samples.of([part for _, part in chunk], self.labels, self.bank.device)
+            adapters = None
+            if adapted:
+                slots = torch.tensor([slot for slot, _ in chunk], device=self.bank.device)
+                adapters = self.bank.adapters(slots, [self.method.scored], grad=False)
+            (out,) = self.task.forward(samples, 1, adapters, scoring=True)
+            hits = ((out.class_logits.argmax(-1) == samples.labels) & samples.mask).sum(1).cpu().numpy()
+            np.add.at(correct, [slot for slot, _ in chunk], hits)
+        return correct, np.array([len(slot.test) for slot in self.slots], np.int64)
+
+    def _lockstep(self, number: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+        """The active set of every step of a round as (slot, samples), equal sizes side by side."""
+        size = self.schedule.batch_size
+        for epoch in range(self.schedule.local_epochs):
+            orders = {i: epoch_order(slot, number, epoch) for i, slot in enumerate(self.slots) if len(slot.train)}
+            longest = max((len(order) for order in orders.values()), default=0)
+            for start in range(0, longest, size):
+                active = [(i, order[start : start + size]) for i, order in orders.items() if start < len(order)]
+                yield sorted(active, key=lambda batch: (-len(batch[1]), batch[0]))
+
+    def _chunks(self, samples: Sequence[int]) -> Iterator[list[int]]:
+        """Cut the active set into runs of at most `micro_batch` rows a view (one slot at the least)."""
+        chunk: list[int] = []
+        rows = 0
+        for i, count in enumerate(samples):
+            need = self.task.rows(count)
+            if chunk and rows + need > self.schedule.micro_batch:
+                yield chunk
+                chunk, rows = [], 0
+            chunk.append(i)
+            rows += need
+        if chunk:
+            yield chunk
+
+    def _summed(self, history: list[tuple[list[int], np.ndarray, dict[str, Tensor]]], steps: np.ndarray) -> RoundLosses:
+        """Means over the round. Losses leave the device here, once a round."""
+        result = RoundLosses(steps=steps)
+        seen = np.zeros(len(self.slots), np.int64)
+        weight = np.zeros(len(self.slots))
+        for slots, sizes, losses in history:
+            for name, values in losses.items():
+                numbers = values.double().cpu().numpy()
+                bad = np.flatnonzero(~np.isfinite(numbers))
+                if len(bad) and result.not_finite is None:
+                    result.not_finite = (slots[bad[0]], int(seen[slots[bad[0]]]), name)
+                total = result.means.setdefault(name, np.zeros(len(self.slots)))
+                total[slots] += numbers * sizes
+            weight[slots] += sizes
+            seen[slots] += 1
+        with np.errstate(invalid="ignore"):
+            result.means = {name: total / weight for name, total in result.means.items()}
+        return result
+
+
+def epoch_order(slot: Slot, number: int, epoch: int) -> np.ndarray:
+    """The order of a client's samples in one epoch: a function of seed, client, round and epoch alone.
+
+    So a run needs no random state to be continued, and no client's order depends on another's.
+    """
+    words = [slot.seed, 1, slot.client, number, epoch]
+    return slot.train[np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).permutation(len(slot.train))]
+
+
+class _Step:
+    """The engine's side of `fastdlp.methods.base.Step`: one chunk of active slots."""
+
+    def __init__(self, engine: Engine, slots: list[int], samples: list[np.ndarray]) -> None:
+        self.engine = engine
+        self.slots = torch.tensor(slots, device=engine.bank.device)
+        self.samples = Samples.of(samples, engine.labels, engine.bank.device)
+        self.task = engine.objective.task
+        self.distil = engine.objective.distil
+        self._live: dict[str, Adapters] = {}  # per branch, the leaves of its latest forward with gradients
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.engine.hyper.alpha[self.slots]
+
+    def forward(self, *views: View, grad: bool = True) -> list[Outputs]:
+        adapters = self.engine.bank.adapters(self.slots, views, grad)
+        with torch.set_grad_enabled(grad):
+            outputs = self.engine.task.forward(self.samples, len(views), adapters)
+        if grad:
+            self._live |= dict.fromkeys(adapters.leaves, adapters)
+        return outputs
+
+    def update(self, loss: Tensor, *branches: str) -> None:
+        adapters = self._live[branches[0]]
+        grads = adapters.gradients(loss.sum(), branches)
+        for name in branches:
+            update(self.engine.bank.state[name], self.slots, grads[name], self.engine.hyper)
+            del self._live[name]

@@ -1,0 +1,59 @@
+"""FEDDLP (arXiv 2503.07552): a private gated LoRA and a shared one that teach each other in turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastdlp.methods.base import Step
+from fastdlp.sites import Branch
+
+if TYPE_CHECKING:
+    from fastdlp.config import TrainConfig
+
+LOCAL, GLOBAL = ("local",), ("global",)
+
+
+class FedDLP:
+    """Two models over the same frozen weights: frozen + local, frozen + global.
+
+    1. The local adapter and its gate learn with L = CE + α · KD from the global model (frozen).
+    2. The global adapter learns with L = CE + KD from the local model after step 1 (frozen).
+
+    The global adapter does not change in step 1, so its one forward is teacher there and student in step 2.
+    `--teacher pre-update` also takes step 2's teacher from before step 1's update: one forward less, one
+    backward for both, and another algorithm.
+    """
+
+    name = "feddlp"
+    shared = GLOBAL
+    scored = LOCAL
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def branches(self) -> tuple[Branch, ...]:
+        c = self.config
+        return (
+            Branch("local", c.rank_local or 4, gated=True, lora_alpha=c.lora_alpha),
+            Branch("global", c.rank_global, gated=False, lora_alpha=c.lora_alpha),
+        )
+
+    def step(self, step: Step) -> dict[str, Any]:
+        if self.config.teacher == "pre-update":
+            return self._pre_update(step)
+        (local,) = step.forward(LOCAL)
+        (shared,) = step.forward(GLOBAL)
+        ce_local, kd_local = step.task(local), step.distil(local, shared.detach())
+        step.update(ce_local + step.alpha * kd_local, "local")
+
+        (teacher,) = step.forward(LOCAL, grad=False)
+        ce_global, kd_global = step.task(shared), step.distil(shared, teacher)
+        step.update(ce_global + kd_global, "global")
+        return {"ce_local": ce_local, "kd_local": kd_local, "ce_global": ce_global, "kd_global": kd_global}
+
+    def _pre_update(self, step: Step) -> dict[str, Any]:
+        local, shared = step.forward(LOCAL, GLOBAL)
+        ce_local, kd_local = step.task(local), step.distil(local, shared.detach())
+        ce_global, kd_global = step.task(shared), step.distil(shared, local.detach())
+        step.update(ce_local + step.alpha * kd_local + ce_global + kd_global, "local", "global")
+        return {"ce_local": ce_local, "kd_local": kd_local, "ce_global": ce_global, "kd_global": kd_global}

@@ -1,0 +1,400 @@
+"""Pre-trains the demonstration model `glyph-clip`: a small CLIP that has read printed glyphs only.
+
+    python -m fastdlp.pretrain --out DIR        a few minutes on two CPU cores, no network
+
+The data are the digits and letters of the fonts that matplotlib ships, so anyone renders the same ones.
+Federated fine-tuning then takes the model to scikit-learn's `load_digits`, handwriting of 8x8 pixels.
+No image of that set is trained on: the renderer's ranges were set by eye to resemble its look, and the
+zero-shot figure is taken on it at the end.
+
+    font file -> glyph [64, 64]          `render_atlas`: each character, each font, three pen widths
+              -> warped, [32, 32] bits   `handwrite`: rotated, sheared, bent, pen thickened or thinned
+              -> [8, 8] uint8            `handwrite`: 4x4 blocks counted, as load_digits was scanned
+              -> [32, 32] -> [n, 3, 32, 32] float32      `preprocess`: what the model's transform does
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import string
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdlp.bytes_tokenizer import VOCAB_SIZE, ByteTokenizer
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
+NAME = "glyph-clip"
+CANVAS, BITMAP, SCAN = 64, 32, 8  # side of a rendered glyph, of the written one, of the scanned one
+MODEL_CFG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
+    "text_cfg": {"context_length": 48, "vocab_size": VOCAB_SIZE, "width": 128, "heads": 4, "layers": 2},
+    "quick_gelu": False,
+}
+PREPROCESS_CFG: dict[str, Any] = {
+    "size": [32, 32],
+    "mean": [0.48145466, 0.4578275, 0.40821073],  # open_clip's OPENAI_DATASET_MEAN and _STD
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+
+# Upright and slanted faces only: a bold one, shrunk to eight pixels, is a blot.
+FONTS = [
+    "DejaVuSans.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Oblique.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralItalic.ttf",
+    "cmr10.ttf",
+    "cmss10.ttf",
+    "cmti10.ttf",
+    "cmtt10.ttf",
+]
+CHARACTERS = string.digits + string.ascii_lowercase + string.ascii_uppercase  # class c is CHARACTERS[c]
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT_PROMPT = "a photo of the digit {}"
+TEMPLATES = [
+    "a photo of the {}",
+    "an image of the {}",
+    "a picture of the {}",
+    "a drawing of the {}",
+    "the {}",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run is made of; the defaults made the weights that ship with the package."""
+
+    seed: int = 0
+    text_steps: int = 60
+    steps: int = 1600
+    glyphs: int = 200_000
+    batch: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+
+
+# ---------------------------------------------------------------------------------------------- the data
+
+
+def captions(character: str) -> list[str]:
+    """Every caption of one class, e.g. `a photo of the digit three` and `the capital letter b`."""
+    if character.isdigit():
+        nouns = [f"{noun} {DIGIT_NAMES[int(character)]}" for noun in ("digit", "number")]
+    else:
+        nouns = [f"{'capital ' * character.isupper()}letter {character.lower()}"]
+    return [template.format(noun) for template in TEMPLATES for noun in nouns]
+
+
+def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2)) -> Tensor:
+    """Draws each character once per font and pen width: [characters, fonts * strokes, 64, 64] uint8."""
+    import matplotlib
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    faces = [ImageFont.truetype(folder / font, size=44) for font in fonts]
+
+    def draw(character: str, face: Any, stroke: int) -> np.ndarray:
+        canvas = Image.new("L", (CANVAS, CANVAS))
+        centre = (CANVAS / 2, CANVAS / 2)
+        pen = ImageDraw.Draw(canvas)
+        left, top, right, bottom = pen.textbbox(
+            centre, character, font=face, anchor="mm", stroke_width=stroke
+        )
+        at = (CANVAS - (left + right) / 2, CANVAS - (top + bottom) / 2)  # the ink's centre on the canvas's
+        pen.text(at, character, fill=255, font=face, anchor="mm", stroke_width=stroke)
+        return np.asarray(canvas)
+
+    return torch.from_numpy(
+        np.stack([[draw(c, face, stroke) for face in faces for stroke in strokes] for c in CHARACTERS])
+    )
+
+
+def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
+    """Printed glyphs as somebody might write them: [n, 64, 64] uint8 -> scans [n, 8, 8] uint8.
+
+    The last steps are those by which `load_digits` came about, as its documentation has them: a 32x32
+    bitmap, normalised in size, of which the inked pixels of each 4x4 block are counted, 0 to 16.
+    """
+    n = len(glyphs)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(n, *shape, generator=generator)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    def sample(image: Tensor, grid: Tensor) -> Tensor:  # [n, c, h, w] at [n, 32, 32, 2] -> [n, c, 32, 32]
+        return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+
+    size = [n, 1, BITMAP, BITMAP]
+    glyphs = glyphs[:, None].float() / 255
+
+    # Where to read the glyph for each pixel: an affine map, plus a smooth random field that bends strokes.
+    angle, shear, stretch = 0.15 * normal(), 0.2 * normal(), (0.15 * normal() + 0.05).exp()
+    cos, sin = angle.cos(), angle.sin()
+    rows = torch.stack([cos * stretch, shear - sin, sin, cos / stretch], -1).view(n, 2, 2)
+    bend = F.interpolate(0.06 * normal(2, 5, 5), size=(BITMAP, BITMAP), mode="bicubic", align_corners=True)
+    where = F.affine_grid(F.pad(rows, (0, 1)), size, align_corners=False) + bend.permute(0, 2, 3, 1)
+
+    # The box of the ink, fitted to the bitmap: full height, or full width for what is wider than high.
+    ticks = (torch.arange(BITMAP) + 0.5) * 2 / BITMAP - 1
+
+    def extent(profile: Tensor) -> tuple[Tensor, Tensor]:  # [n, 32] -> centre, half size, in [-1, 1]
+        inked = profile > 0.25
+        low = torch.where(inked, ticks, 1.0).amin(-1)
+        high = torch.where(inked, ticks, -1.0).amax(-1)
+        return (low + high) / 2, (high - low).clamp(min=0.1) / 2
+
+    ink = sample(glyphs, where)[:, 0]
+    (x, half_x), (y, half_y) = extent(ink.amax(1)), extent(ink.amax(2))
+    scale = torch.maximum(half_y / uniform(0.9, 1.02), half_x / uniform(0.6, 0.85))
+    x, y = x + 0.06 * scale * normal(), y + 0.02 * scale * normal()
+    zero = torch.zeros(n)
+    fit = torch.stack([scale, zero, x, zero, scale, y], -1).view(n, 2, 3)
+    where = sample(where.permute(0, 3, 1, 2), F.affine_grid(fit, size, align_corners=False))
+    ink = sample(glyphs, where.permute(0, 2, 3, 1))
+
+    # Blurred and cut at a random level, the pen grows thicker or thinner; then the scan and its noise.
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    ink = F.conv2d(ink, (kernel[:, None] * kernel)[None, None], padding=2)
+    bits = ink > uniform(0.25, 0.55).view(n, 1, 1, 1) * ink.amax((1, 2, 3), keepdim=True)
+    counts = 16 * F.avg_pool2d(bits.float(), BITMAP // SCAN)[:, 0] + 0.5 * normal(SCAN, SCAN)
+    return (counts.round().clamp(0, 16) * (255 / 16)).round().to(torch.uint8)
+
+
+def make_glyphs(atlas: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`n` scans [n, 8, 8] uint8 with their classes [n] int64; every third one is a digit."""
+    generator = torch.Generator().manual_seed(seed)
+    digit = torch.rand(n, generator=generator) < 1 / 3
+    labels = torch.where(
+        digit,
+        torch.randint(10, (n,), generator=generator),
+        torch.randint(10, len(CHARACTERS), (n,), generator=generator),
+    )
+    faces = torch.randint(atlas.shape[1], (n,), generator=generator)
+    scans = [handwrite(atlas[c, f], generator) for c, f in zip(labels.split(1024), faces.split(1024))]
+    return torch.cat(scans), labels
+
+
+def preprocess(scans: Tensor) -> Tensor:
+    """The model's transform for a batch: [n, 8, 8] uint8 -> [n, 3, 32, 32] float32.
+
+    For uint8 and with `antialias`, torch's bicubic resize is PIL's, to within one grey level.
+    """
+    big = F.interpolate(scans[:, None], size=PREPROCESS_CFG["size"], mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(PREPROCESS_CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (big / 255 - mean) / std
+
+
+def load_digit_scans() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 handwritten digits: [1797, 8, 8] uint8 and labels [1797] int64."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    scans = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
+    return scans, torch.from_numpy(digits.target)
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+
+def build_model(model_cfg: dict[str, Any] = MODEL_CFG) -> CLIP:
+    """A plain `open_clip.CLIP` of this configuration, randomly initialised."""
+    import open_clip
+
+    return open_clip.CLIP(**model_cfg)
+
+
+def contrastive_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """CLIP's symmetric loss where images share captions: logits [images, classes], labels [images] -> [].
+
+    Image to text it is a cross entropy over the classes; text to image, every image of the class is right.
+    """
+    to_text = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    to_image = -logits.log_softmax(0).gather(1, labels[:, None])[:, 0]  # [images]
+    count = labels.bincount(minlength=logits.shape[1]).clamp(min=1)
+    present = labels.unique().numel()
+    return (to_text + (to_image / count[labels]).sum() / present) / 2
+
+
+def class_tokens() -> list[Tensor]:
+    """The captions of every class as token ids: one [captions, context_length] int64 per character."""
+    tokenizer = ByteTokenizer(MODEL_CFG["text_cfg"]["context_length"])
+    return [tokenizer(captions(character)) for character in CHARACTERS]
+
+
+def draw_captions(tokens: list[Tensor], generator: torch.Generator) -> Tensor:
+    """One caption of every class, at random: [classes, context_length] int64."""
+    return torch.stack([t[int(torch.randint(len(t), (), generator=generator))] for t in tokens])
+
+
+def read_captions(model: CLIP, settings: Settings) -> None:
+    """Teaches the text tower alone which captions mean the same, before it meets an image.
+
+    At first all captions embed alike, differing in a word as they do, and for hundreds of steps neither
+    tower finds what to tell the other. These few steps, cheap without images, are worth those hundreds.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = class_tokens()
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("visual.")]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    classes = torch.arange(len(tokens))
+    model.train()
+    for _ in range(settings.text_steps):
+        one, other = (model.encode_text(draw_captions(tokens, generator), normalize=True) for _ in range(2))
+        loss = F.cross_entropy(one @ other.T / 0.07, classes)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Iterator[tuple[int, float]]:
+    """Trains in place and yields (step, loss). Each step draws a caption for every class anew."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    tokens = class_tokens()
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+    warmup = max(1, settings.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)),
+    )
+    order = torch.empty(0, dtype=torch.long)
+    model.train()
+    for step in range(settings.steps):
+        if len(order) < settings.batch:
+            order = torch.randperm(len(scans), generator=generator)
+        batch, order = order[: settings.batch], order[settings.batch :]
+        text = model.encode_text(draw_captions(tokens, generator), normalize=True)
+        image = model.encode_image(preprocess(scans[batch]), normalize=True)
+        scale = model.logit_scale.exp()
+        loss = contrastive_loss(scale * image @ text.T, labels[batch], settings.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        yield step, loss.item()
+
+
+@torch.no_grad()
+def predict(model: CLIP, scans: Tensor, prompts: list[str]) -> Tensor:
+    """The index of the prompt each scan is nearest to: [n, 8, 8] uint8 -> [n] int64."""
+    model.eval()
+    text = model.encode_text(ByteTokenizer(MODEL_CFG["text_cfg"]["context_length"])(prompts), normalize=True)
+    chunks = preprocess(scans).split(512)
+    return torch.cat([(model.encode_image(chunk, normalize=True) @ text.T).argmax(-1) for chunk in chunks])
+
+
+def digits_zero_shot(model: CLIP) -> float:
+    """The share of `load_digits` that the model reads right without having seen handwriting."""
+    scans, labels = load_digit_scans()
+    prompts = [DIGIT_PROMPT.format(name) for name in DIGIT_NAMES]
+    return (predict(model, scans, prompts) == labels).float().mean().item()
+
+
+def replace_with(path: Path, content: bytes) -> None:
+    """Writes a whole file or none: under a temporary name first, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def save(model: CLIP, out: Path, trained_with: dict[str, Any]) -> None:
+    """`glyph-clip.safetensors`, fp32 under open_clip's names, and the `glyph-clip.json` that explains it."""
+    import safetensors.torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: value.float().contiguous() for name, value in model.state_dict().items()}
+    replace_with(out / f"{NAME}.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    about = {
+        "model_cfg": MODEL_CFG,
+        "preprocess_cfg": PREPROCESS_CFG,
+        "tokenizer": "bytes",
+        "trained_with": trained_with,
+    }
+    replace_with(out / f"{NAME}.json", (json.dumps(about, indent=2) + "\n").encode())
+
+
+def command_line(settings: Settings) -> str:
+    """The command that repeats a run: only what differs from the defaults, and no folder of this machine."""
+    defaults = asdict(Settings())
+    changed = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(settings).items() if v != defaults[k]]
+    return " ".join(["python -m fastdlp.pretrain --out DIR", *changed])
+
+
+def pretrain(out: Path, settings: Settings) -> dict[str, Any]:
+    """Renders, trains, measures and writes both files; returns the record that the JSON keeps."""
+    start = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    model = build_model()
+    atlas = render_atlas()
+    scans, labels = make_glyphs(atlas, settings.glyphs, settings.seed)
+    print(f"{len(scans):,} glyphs in {time.perf_counter() - start:.0f} s", flush=True)
+    read_captions(model, settings)
+    for step, loss in train(model, scans, labels, settings):
+        if step % 50 == 0 or step == settings.steps - 1:
+            print(f"step {step:5d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s", flush=True)
+    seconds = time.perf_counter() - start
+
+    scans, labels = make_glyphs(atlas, max(620, settings.glyphs // 32), settings.seed + 1)
+    right = predict(model, scans, [captions(character)[0] for character in CHARACTERS]) == labels
+    print(f"held-out glyphs {right.float().mean():.3f}, of them:")
+    shares = [f"{c} {right[labels == i].float().mean():.2f}" for i, c in enumerate(CHARACTERS)]
+    for row in range(0, len(shares), 10):
+        print("   ", "  ".join(shares[row : row + 10]))
+    zero_shot = digits_zero_shot(model)
+    print(f"zero-shot on load_digits {zero_shot:.4f}")
+    record = {
+        **asdict(settings),
+        "torch": torch.__version__.split("+")[0],
+        "command": command_line(settings),
+        "glyphs_held_out": round(right.float().mean().item(), 4),
+        "digits_zero_shot": round(zero_shot, 4),
+        "seconds": round(seconds),
+    }
+    save(model, out, record)
+    return record
+
+
+def main() -> None:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"folder for {NAME}.safetensors and {NAME}.json"
+    )
+    for name, value in asdict(defaults).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = vars(parser.parse_args())
+    pretrain(given.pop("out"), Settings(**given))
+
+
+if __name__ == "__main__":
+    main()

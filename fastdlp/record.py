@@ -1,0 +1,142 @@
+"""The run folder: what was asked, what was dealt, what came out.
+
+    config.json        the resolved config
+    partition.json     client → sample ids
+    metrics.jsonl      a line per round: every client's figures and every loss
+    checkpoint.safetensors
+    adapters/          client-00.safetensors …, server.safetensors, at the end
+    summary.json       at the end
+    trace/             with --trace: see fastdlp.trace
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdlp.config import TrainConfig
+from fastdlp.data.partition import Partition, save_partition
+from fastdlp.errors import FastdlpError
+from fastdlp.files import read_json, write_atomic
+
+CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = "config.json", "partition.json", "metrics.jsonl", "summary.json", "adapters"
+
+
+class RunFolder:
+    """One run's folder, which exists and holds a config."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / CONFIG).is_file():
+            what = "is not a run folder" if path.exists() else "does not exist"
+            raise FastdlpError(f"{path} {what}: start a run with fastdlp train --out {path}")
+
+    @staticmethod
+    def check_free(path: Path, overwrite: bool) -> None:
+        """Refuse a place that must not be written. Cheap, so that it comes before the long preparation.
+
+        Raises:
+            FastdlpError: the folder holds a run and `overwrite` is off, or holds something else.
+        """
+        if path.is_dir() and not any(path.iterdir()):
+            return
+        if (path / CONFIG).is_file():
+            if not overwrite:
+                raise FastdlpError(f"{path} holds a run: go on with --resume {path}, or replace it with --overwrite")
+        elif path.exists():
+            raise FastdlpError(f"{path} exists and is not a run folder: name another --out")
+
+    @staticmethod
+    def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:
+        """Make the folder with config and partition; it appears under its name only when both are in it.
+
+        Raises:
+            FastdlpError: as `check_free`, or the disk refuses.
+        """
+        RunFolder.check_free(path, overwrite)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        except OSError as error:
+            raise FastdlpError(f"cannot write to {path.parent}: {error.strerror or error}; name another --out") from None
+        try:
+            fresh.chmod(0o777 & ~_umask())
+            write_atomic(fresh / CONFIG, config.to_json())
+            save_partition(fresh / PARTITION, partition, ids)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(fresh, path)
+        except OSError as error:
+            raise FastdlpError(f"cannot write {path}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return RunFolder(path)
+
+    def config(self) -> TrainConfig:
+        """The resolved config of the run."""
+        try:
+            return TrainConfig.from_json((self.path / CONFIG).read_text())
+        except FastdlpError as error:
+            raise FastdlpError(f"{self.path / CONFIG}: {error}") from None
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary, or None while the run has not ended."""
+        path = self.path / SUMMARY
+        return read_json(path, "summary") if path.exists() else None
+
+    def append_round(self, line: dict[str, Any]) -> None:
+        """Add a round to metrics.jsonl. Raises FastdlpError where the disk refuses."""
+        try:
+            with open(self.path / METRICS, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
+
+    def rounds(self, upto: int) -> list[dict[str, Any]]:
+        """The lines of rounds 1..upto; whatever a stopped run wrote behind them is cut off the file.
+
+        Raises:
+            FastdlpError: a line is missing.
+        """
+        lines = cut_lines(self.path / METRICS, lambda line: line["round"] <= upto)
+        if [line["round"] for line in lines] != list(range(1, upto + 1)):
+            raise FastdlpError(f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite")
+        return lines
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, whole or not at all."""
+        write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Read a .jsonl file up to its first line that is torn or not kept, and cut the file there."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    text = path.read_text()
+    kept = ""
+    for raw in text.splitlines(keepends=True):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            break
+        if not raw.endswith("\n") or not keep(line):
+            break
+        lines.append(line)
+        kept += raw
+    if kept != text:
+        write_atomic(path, kept)
+    return lines
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
