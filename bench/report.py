@@ -11,7 +11,15 @@ from rich.table import Table
 def print_step(result: dict[str, Any], console: Console) -> None:
     """The table of `bench_step`, with what it was measured on."""
     table = Table(title=result["what"], title_justify="left", title_style="bold")
-    for column in ("form", "dtype", "passes", "ms a step (20 / 50 / 80 %)", "× PEFT", f"× PEFT {result['rows'][0]['precision']}", "loss error"):
+    for column in (
+        "form",
+        "dtype",
+        "passes",
+        "ms a step (20 / 50 / 80 %)",
+        "× PEFT",
+        f"× PEFT {result['rows'][0]['precision']}",
+        "loss error",
+    ):
         table.add_column(column, justify="left" if column in ("form", "dtype") else "right")
     for row in result["rows"]:
         table.add_row(
@@ -25,4 +33,7 @@ def print_step(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    console.print(f"{result['device']}, {result['threads']} threads; {versions}; commit {result['commit']}", highlight=False)
+    console.print(
+        f"{result['device']}, {result['threads']} threads; {versions}; commit {result['commit']}",
+        highlight=False,
+    )

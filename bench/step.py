@@ -78,7 +78,14 @@ def fastdlp_engine(problem: Problem, precision: str, teacher: str, device: torch
         state.gates.fill_(1.0)
     stem = moved_stem(clip.image_stem, device)
     text = problem.text.to(device)
-    task = ImageTask(clip.image.to(device, DTYPES[precision]), stem, _Pixels(problem.pixels), (text, text), clip.logit_scale, 1 << 40)
+    task = ImageTask(
+        clip.image.to(device, DTYPES[precision]),
+        stem,
+        _Pixels(problem.pixels),
+        (text, text),
+        clip.logit_scale,
+        1 << 40,
+    )
 
     def everywhere(value: float) -> Tensor:
         return torch.full((clients,), value, device=device)
@@ -111,11 +118,17 @@ class PeftStep:
             them in the dtype of the weights (autocast_adapter_dtype=False), which is faster.
     """
 
-    def __init__(self, problem: Problem, precision: str, adapters: str, device: torch.device, bank: AdapterBank) -> None:
+    def __init__(
+        self, problem: Problem, precision: str, adapters: str, device: torch.device, bank: AdapterBank
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
         dtype = DTYPES[precision]
-        self.scale, self.text, self.labels = problem.clip.logit_scale, problem.text.to(device), problem.labels.to(device)
+        self.scale, self.text, self.labels = (
+            problem.clip.logit_scale,
+            problem.text.to(device),
+            problem.labels.to(device),
+        )
         self.pixels = problem.pixels.to(device, dtype)
         tower = hugging_face_tower(problem.clip).to(device, dtype)
         targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "visual_projection"]
@@ -129,7 +142,9 @@ class PeftStep:
         self.model.add_adapter("global", config(self.ranks["global"]), **cast)
         self._load(bank)
         self.optimisers = {
-            name: torch.optim.AdamW([p for n, p in self.model.named_parameters() if f".{name}." in n], lr=LR, weight_decay=0.0)
+            name: torch.optim.AdamW(
+                [p for n, p in self.model.named_parameters() if f".{name}." in n], lr=LR, weight_decay=0.0
+            )
             for name in self.ranks
         }
 
@@ -181,7 +196,9 @@ def hugging_face_tower(clip: Clip) -> nn.Module:
     tower, stem = clip.image, clip.image_stem
     shape = tower.shape
     config = CLIPVisionConfig(
-        hidden_size=shape.width, intermediate_size=shape.mlp, projection_dim=shape.embed, num_hidden_layers=shape.layers,
+
+        hidden_size=shape.width, intermediate_size=shape.mlp, projection_dim=shape.embed,
+        num_hidden_layers=shape.layers,
         num_attention_heads=tower.heads, image_size=clip.transform.size, patch_size=stem.patches.shape[-1],
         hidden_act=tower.activation, layer_norm_eps=tower.ln_post.eps, attn_implementation="sdpa",
     )  # fmt: skip
@@ -246,7 +263,12 @@ class Row:
 
 
 def bench_step(
-    model: str, batch: int, precisions: list[str], repeats: int, device: torch.device, tell: Callable[[str], None]
+    model: str,
+    batch: int,
+    precisions: list[str],
+    repeats: int,
+    device: torch.device,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure all forms in one run; checks each form's losses first.
 
@@ -267,7 +289,12 @@ def bench_step(
         "fastdlp": lambda p: _engine_step(fastdlp_engine(problem, p, "fresh", device)),
         "fastdlp --teacher pre-update": lambda p: _engine_step(fastdlp_engine(problem, p, "pre-update", device)),
     }
-    passes = {"PEFT": (4, 2), "PEFT, adapters cast": (4, 2), "fastdlp": (3, 2), "fastdlp --teacher pre-update": (2, 2)}
+    passes = {
+        "PEFT": (4, 2),
+        "PEFT, adapters cast": (4, 2),
+        "fastdlp": (3, 2),
+        "fastdlp --teacher pre-update": (2, 2),
+    }
     steps: dict[tuple[str, str], Callable[[], dict[str, float]]] = {}
     errors: dict[tuple[str, str], float] = {}
     for precision in precisions:
@@ -279,7 +306,9 @@ def bench_step(
             losses = step()
             errors[form, precision] = max(abs(losses[k] - v) / abs(v) for k, v in expected.items())
             if not errors[form, precision] <= TOLERANCE[precision]:
-                raise FastdlpError(f"{form} in {precision} does not compute the losses of PEFT: {losses}, expected {expected}")
+                raise FastdlpError(
+                    f"{form} in {precision} does not compute the losses of PEFT: {losses}, expected {expected}"
+                )
             steps[form, precision] = step
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for repeat in range(repeats):  # in turn, so that a disturbance of the machine meets every form
@@ -313,7 +342,10 @@ def machine(device: torch.device) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.processor(),
+        )
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()  # fmt: skip

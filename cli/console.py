@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -33,8 +41,15 @@ def watching(quiet: bool) -> Iterator[Listener]:
         if quiet:
             yield listener
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=err, transient=True) as progress:
             bar = progress.add_task("preparing", total=None)
 
@@ -81,8 +96,8 @@ def print_summary(summary: dict[str, Any], run: str | Path) -> None:
         ("best round on test", f"{summary['accuracy_best_test']:.4f}   (round {summary['round_best_test']})"),
         ("clients", f"mean {summary['accuracy_mean_clients']:.4f}, std {summary['clients_std']:.4f}, "
                     f"lowest {summary['clients_lowest']:.4f}"),
-        ("exchanged", f"{summary['uploaded_parameters']:,} parameters, {summary['uploaded_bytes_per_client_round']:,} bytes "
-                      "each way per client and round"),
+        ("exchanged", f"{summary['uploaded_parameters']:,} parameters, {summary['uploaded_bytes_per_client_round']:,} "
+                      "bytes each way per client and round"),
         ("gates at zero", f"{summary['gates_zero_share']:.1%}"),
         ("time", f"{summary['seconds_total']:.1f} s, {summary['seconds_preparation']:.1f} s of it preparation"),
         ("run folder", str(run)),

@@ -36,7 +36,9 @@ def count(config: TrainConfig) -> dict[str, Any]:
         "method": config.method,
         "encoder": config.encoder,
         "adapted_linears": sum(len(site.parts) for site in sites),
-        "branches": {name: {"rank": b.rank, "gated": b.gated, "exchanged": name in method.shared} for name, b in bank.branches.items()},
+        "branches": {
+            name: {"rank": b.rank, "gated": b.gated, "exchanged": name in method.shared} for name, b in bank.branches.items()
+        },
         "trainable_parameters": sum(t.numel() for t in client_tensors(bank, 0).values()),
         "uploaded_parameters": sum(t.numel() for t in shared.values()),
         "uploaded_bytes_per_client_round": message,
@@ -52,7 +54,10 @@ def count_table(facts: dict[str, Any]) -> Table:
                   title_style="bold", show_header=False)  # fmt: skip
     for name, branch in facts["branches"].items():
         kind = ", gated" if branch["gated"] else ""
-        table.add_row(f"{name} adapter", f"rank {branch['rank']}{kind}, {'exchanged' if branch['exchanged'] else 'private'}")
+        table.add_row(
+            f"{name} adapter",
+            f"rank {branch['rank']}{kind}, {'exchanged' if branch['exchanged'] else 'private'}",
+        )
     for name, text in (
         ("adapted_linears", "adapted linears"),
         ("trainable_parameters", "trainable parameters, a client"),
@@ -70,8 +75,8 @@ def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, con
     source = load_source(config.dataset, config.data_dir, config.download)
     if config.partition in SCHEMES:
         partition = make_partition(
-            source.labels, config.clients, config.partition, config.beta, config.classes_per_client, config.partition_seed,
-            config.test_fraction, config.empty_clients, source.name,
+            source.labels, config.clients, config.partition, config.beta, config.classes_per_client,
+            config.partition_seed, config.test_fraction, config.empty_clients, source.name,
         )  # fmt: skip
     elif Path(config.partition).is_file():
         partition = load_partition(config.partition, source.ids, source.name)

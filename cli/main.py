@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
 from fastdlp.cli.options import config_options
+
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 
@@ -30,8 +30,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and not
 
 TRAIN_HELP = """Train a federation: every client adapts one frozen CLIP, all of them in one batch.
 
-Without options: FEDDLP on scikit-learn's handwritten digits with the embedded model, a demonstration that ends in a minute
-or two on two cores. The paper's setting, with OpenAI's weights:
+Without options: FEDDLP on scikit-learn's handwritten digits with the embedded model, a demonstration that ends
+in under a minute on two cores. The paper's setting, with OpenAI's weights:
 
   fastdlp train --dataset pets --model ViT-B-32-quickgelu --pretrained openai --download --data-dir data
 
@@ -44,7 +44,8 @@ Ctrl-C stops it after the running round; --resume goes on to the same bits."""
 def train(
     given: dict[str, Any],
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel="Record")
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel="Record"),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Record")
@@ -62,8 +63,9 @@ def train(
         TrainConfig(**given).resolved()  # a wrong option is told before torch is loaded
     elif "out" in given:
         raise FastdlpError("--resume writes to the folder of its run: leave out --out")
-    from fastdlp import training
     from fastdlp.cli import console
+
+    from fastdlp import training
 
     try:
         with console.watching(quiet or as_json) as listener:
@@ -84,12 +86,15 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Load the saved adapters of a run and score every client on its own test samples."""
-    from fastdlp import training
     from fastdlp.cli import console
+
+    from fastdlp import training
 
     with console.watching(quiet=True) as listener:
         scores = training.evaluate(run, listener, device)
@@ -121,7 +126,11 @@ def info(
         print(json.dumps(names) if as_json else "\n".join(names))
         return
     config = TrainConfig(
-        model=model, method=method, encoder=encoder, rank_local=rank_local, rank_global=rank_global  # type: ignore[arg-type]
+        model=model,
+        method=method,
+        encoder=encoder,
+        rank_local=rank_local,
+        rank_global=rank_global,  # type: ignore[arg-type]
     ).resolved()
     facts = inspect.count(config)
     if as_json:
@@ -132,16 +141,22 @@ def info(
 
 @data_app.command()
 def show(
-    dataset: Annotated[str, typer.Option("--dataset", help="digits, pets, flowers, aircraft, dtd or folder:PATH.")] = TrainConfig.dataset,
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="digits, pets, flowers, aircraft, dtd or folder:PATH.")
+    ] = TrainConfig.dataset,
     data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch it when it is not there.")] = False,
-    partition: Annotated[str, typer.Option("--partition", help="dirichlet, iid, pathological or a file.")] = TrainConfig.partition,
+    partition: Annotated[
+        str, typer.Option("--partition", help="dirichlet, iid, pathological or a file.")
+    ] = TrainConfig.partition,
     clients: Annotated[int, typer.Option("--clients")] = TrainConfig.clients,
     beta: Annotated[float, typer.Option("--beta", help="Dirichlet concentration.")] = TrainConfig.beta,
     classes_per_client: Annotated[int, typer.Option("--classes-per-client")] = TrainConfig.classes_per_client,
     partition_seed: Annotated[int, typer.Option("--partition-seed")] = TrainConfig.partition_seed,
     test_fraction: Annotated[float, typer.Option("--test-fraction")] = TrainConfig.test_fraction,
-    empty_clients: Annotated[str, typer.Option("--empty-clients", help="keep, refuse or redraw.")] = TrainConfig.empty_clients,
+    empty_clients: Annotated[
+        str, typer.Option("--empty-clients", help="keep, refuse or redraw.")
+    ] = TrainConfig.empty_clients,
     picture: Annotated[Path | None, typer.Option("--picture", help="Also draw it to this .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -158,9 +173,14 @@ def show(
 
 @bench_app.command()
 def step(
-    model: Annotated[str, typer.Option("--model", help="An open_clip model; its weights are random here.")] = "ViT-B-32-quickgelu",
+    model: Annotated[
+        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
+    ] = "ViT-B-32-quickgelu",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = TrainConfig.batch_size,
-    precision: Annotated[list[str] | None, typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both")] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both"),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each form.")] = 7,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")] = None,
@@ -170,6 +190,7 @@ def step(
     from fastdlp.bench.report import print_step
     from fastdlp.bench.step import bench_step
     from fastdlp.cli import console
+
     from fastdlp.federation import DTYPES, pick_device
     from fastdlp.files import write_atomic
 

@@ -22,10 +22,10 @@ HELP: dict[str, tuple[str, str]] = {
     "method": (WHAT, "feddlp: private gated LoRA and shared LoRA that teach each other. flora: one LoRA, averaged. "
                      "local: one LoRA, never exchanged."),
     "encoder": (WHAT, "Which tower of CLIP carries the adapters: image or text."),
-    "dataset": (WHAT, "digits (embedded), pets, flowers, aircraft, dtd, or folder:PATH with one folder of images a class."),
+    "dataset": (WHAT, "digits (embedded), pets, flowers, aircraft, dtd, or folder:PATH, one folder of images a class."),
     "model": (WHAT, "glyph-clip (embedded, a demonstration) or an open_clip model with a ViT image tower, such as "
                     "ViT-B-32-quickgelu; also local-dir:PATH."),
-    "pretrained": (WHAT, "A tag of open_clip, a checkpoint file (safetensors, or one that holds only tensors), or the word "
+    "pretrained": (WHAT, "A tag of open_clip, a checkpoint file (safetensors, or nothing but tensors), or the word "
                          "none for random weights. Default: the embedded weights, or OpenAI's."),
     "data_dir": (WHAT, "Where the data set lies, or is downloaded to."),
     "download": (WHAT, "Fetch the data set through torchvision when it is not in --data-dir."),
@@ -37,7 +37,7 @@ HELP: dict[str, tuple[str, str]] = {
     "classes_per_client": (FEDERATION, "Classes a client, for --partition pathological."),
     "partition_seed": (FEDERATION, "Seed of the partition, apart from --seed."),
     "test_fraction": (FEDERATION, "Share of each client's samples that it is tested on."),
-    "empty_clients": (FEDERATION, "Clients without a training sample: keep them out of the training, refuse, or redraw."),
+    "empty_clients": (FEDERATION, "Clients without a training sample: keep them out of training, refuse, or redraw."),
     "rounds": (FEDERATION, "Rounds, each ended by FedAvg of the shared adapter."),
     "local_epochs": (FEDERATION, "Passes over a client's samples in a round."),
     "batch_size": (FEDERATION, "Samples in a client's batch."),

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from fastdlp.errors import FastdlpError
     from fastdlp.training import evaluate, resume, train
 
-_PUBLIC = {"FastdlpError": "errors", "TrainConfig": "config", "evaluate": "training", "resume": "training", "train": "training"}
+_PUBLIC = {
+    "FastdlpError": "errors",
+    "TrainConfig": "config",
+    "evaluate": "training",
+    "resume": "training",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:

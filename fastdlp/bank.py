@@ -47,7 +47,11 @@ class AdapterBank:
     """
 
     def __init__(
-        self, sites: Sequence[Site], branches: Sequence[Branch], slots: int, device: torch.device | str = "cpu"
+        self,
+        sites: Sequence[Site],
+        branches: Sequence[Branch],
+        slots: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.sites = tuple(sites)
         self.branches = {branch.name: branch for branch in branches}
@@ -59,7 +63,13 @@ class AdapterBank:
             gates = count_gates(self.sites, branch.rank) if branch.gated else 0
             w, g = torch.zeros(slots, size, device=device), torch.zeros(slots, gates, device=device)
             self.state[branch.name] = BranchState(
-                w, g, w.clone(), w.clone(), g.clone(), g.clone(), torch.zeros(slots, dtype=torch.int64, device=device)
+                w,
+                g,
+                w.clone(),
+                w.clone(),
+                g.clone(),
+                g.clone(),
+                torch.zeros(slots, dtype=torch.int64, device=device),
             )
 
     def initialise(self, init: str, seeds: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -135,7 +145,9 @@ class AdapterBank:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
         for site, span in zip(self.sites, spans(self.sites, rank)):
             for kind, where in (("A", span.a), ("B", span.b)):
-                state.weights[slot, where] = torch.cat([tensors[f"{p}/{kind}"].flatten() for p in site.parts]).to(state.weights)
+                state.weights[slot, where] = torch.cat([tensors[f"{p}/{kind}"].flatten() for p in site.parts]).to(
+                    state.weights
+                )
             if self.branches[branch].gated:
                 state.gates[slot, span.gate] = torch.cat([tensors[f"{p}/gate"] for p in site.parts]).to(state.gates)
 

@@ -22,7 +22,9 @@ def save_checkpoint(path: Path, bank: AdapterBank, finished: int, identity: dict
         FastdlpError: the disk refuses; the earlier checkpoint stays.
     """
     tensors = {
-        f"{branch}/{name}": getattr(state, name).cpu() for branch, state in bank.state.items() for name in BranchState.FIELDS
+        f"{branch}/{name}": getattr(state, name).cpu()
+        for branch, state in bank.state.items()
+        for name in BranchState.FIELDS
     }
     save_tensors(path, tensors, identity | {"round": str(finished)})
 

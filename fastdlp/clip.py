@@ -1,4 +1,6 @@
-"""CLIP models by open_clip's names, as frozen towers and stems. The only module that imports open_clip.
+"""CLIP models by open_clip's names, as frozen towers and stems.
+
+Only this module and `pretrain`, which makes such a model, import open_clip.
 
 Supported: open_clip's own ViT image towers with its own text transformer (OpenAI, LAION, DataComp, MetaCLIP,
 CLIPA weights; QuickGELU or GELU), by name and tag, by `local-dir:` folder or by a checkpoint file; and the
@@ -11,7 +13,8 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -59,7 +62,9 @@ def known_models() -> list[str]:
     """The names that `--model` takes, without local-dir: and hf-hub:."""
     import open_clip
 
-    return [EMBEDDED_MODEL] + [name for name in open_clip.list_models() if not _why_not(open_clip.get_model_config(name))]
+    return [EMBEDDED_MODEL] + [
+        name for name in open_clip.list_models() if not _why_not(open_clip.get_model_config(name))
+    ]
 
 
 def describe(model: str) -> tuple[TowerShape, TowerShape]:
@@ -155,7 +160,15 @@ def _why_not(config: dict[str, Any]) -> str | None:
         return "an attentional pooler (CoCa)"
     if config.get("custom_text") or text.get("embed_cls") or config.get("init_logit_bias") is not None:
         return "a text tower or loss of another kind"
-    special = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc", "block_type")
+    special = (
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+        "block_type",
+    )
     if any(tower.get(name) for tower in (vision, text) for name in special):
         return "attention blocks of another kind"
     return None
@@ -188,7 +201,9 @@ def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any,
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         try:
-            net = open_clip.create_model(model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options)
+            net = open_clip.create_model(
+                model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options
+            )
             tokenize = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip, the hub client and torch raise a zoo of types
             raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
@@ -206,7 +221,8 @@ def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config:
 
 def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
     if not Path(path).is_file():
-        raise FastdlpError(f"--pretrained {path!r} is neither a file nor a tag of {model}: {', '.join(tags) or 'it has none'}, "
+        names = ", ".join(tags) or "it has none"
+        raise FastdlpError(f"--pretrained {path!r} is neither a file nor a tag of {model} ({names}) "
                            "or none for random weights")  # fmt: skip
     if Path(path).suffix not in CHECKPOINT_SUFFIXES:
         raise FastdlpError(f"--pretrained {path}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
@@ -228,7 +244,11 @@ def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, An
             _check_file(EMBEDDED_MODEL, pretrained, [])
         path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
         try:
-            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            state = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
             net.load_state_dict(state)
         except Exception as error:  # safetensors and torch have no common base for "not a checkpoint of this model"
             raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
@@ -245,7 +265,9 @@ def _asset(name: str) -> Path:
 
 def _load_failure(error: Exception) -> str:
     text = str(error)
-    if isinstance(error, RuntimeError) and ("size mismatch" in text or "Missing key" in text or "Unexpected key" in text):
+    if isinstance(error, RuntimeError) and (
+        "size mismatch" in text or "Missing key" in text or "Unexpected key" in text
+    ):
         return "the checkpoint is of another model"
     if "weights_only" in text or "UnpicklingError" in type(error).__name__ or "TorchScript" in text:
         return "the file holds more than tensors and will not be unpickled; convert it to safetensors"
@@ -259,19 +281,17 @@ def _first_line(error: Exception) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-class _quiet:
-    """open_clip reports "initialised randomly" and the like as warnings, hub clients as log lines; errors stay errors."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip tells of random weights and the like in warnings and log lines; its errors stay errors."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
-
-    def __exit__(self, *exc: object) -> None:
-        logging.disable(self._level)
-        self._warnings.__exit__(*exc)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 # -- from modules to plain tensors --------------------------------------------------------------------------
@@ -312,7 +332,10 @@ def _text_tower(net: Any) -> Tower:
 def _image_stem(visual: Any) -> ImageStem:
     ln_pre = None if isinstance(visual.ln_pre, nn.Identity) else _norm(visual.ln_pre)
     return ImageStem(
-        visual.conv1.weight.detach(), visual.class_embedding.detach(), visual.positional_embedding.detach(), ln_pre
+        visual.conv1.weight.detach(),
+        visual.class_embedding.detach(),
+        visual.positional_embedding.detach(),
+        ln_pre,
     )
 
 

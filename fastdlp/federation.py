@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fastdlp.bank import AdapterBank
 from fastdlp.clip import Clip, class_prompts, load_clip
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels, load_pixels
-from fastdlp.data.names import FOLDER, check_name
+from fastdlp.data.names import check_name
 from fastdlp.data.partition import SCHEMES, Partition, load_partition, make_partition
 from fastdlp.data.sources import load_source
 from fastdlp.data.transform import Transform
@@ -27,7 +27,14 @@ from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
 from fastdlp.sites import tower_sites
 from fastdlp.stem import ImageStem, TextStem
-from fastdlp.task import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
+from fastdlp.task import (
+    ClassificationTask,
+    ImageTask,
+    Prompts,
+    TextTask,
+    frozen_image_features,
+    frozen_text_features,
+)
 from fastdlp.tower import Norm, Tower
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,7 +105,8 @@ def prepare(
     tell(f"images of {config.dataset}")
     pixels = read_pixels(config, transform)
     partition = read_partition(config, pixels, partition_file)
-    _check_partition(partition)
+    _check_partition(partition, config.empty_clients)
+    config = replace(config, clients=partition.clients)
 
     dtype = DTYPES[config.precision]
     sites = tower_sites(clip.tower(config.encoder).shape)
@@ -116,7 +124,15 @@ def prepare(
     objective = Objective(config.task_loss, config.kd_direction, config.kd_temperature, config.kd_logits)  # type: ignore[arg-type]
     schedule = Schedule(config.batch_size, config.local_epochs, config.micro_batch or 1)
     engine = Engine(
-        method, bank, task, objective, _hyperparameters(config, bank), slots, pixels.labels, schedule, on_batch
+        method,
+        bank,
+        task,
+        objective,
+        _hyperparameters(config, bank),
+        slots,
+        pixels.labels,
+        schedule,
+        on_batch,
     )
     return Federation(config, engine, pixels, partition, clip.fingerprint())
 
@@ -141,7 +157,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise FastdlpError(f"unknown --device {name!r}: choose from auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastdlpError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch sees; "
+        raise FastdlpError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; "
                            "use --device cpu")  # fmt: skip
     return device
 
@@ -149,7 +165,7 @@ def pick_device(name: str) -> torch.device:
 def read_pixels(
     config: TrainConfig, transform: Transform, progress: Callable[[int, int], None] | None = None
 ) -> Pixels:
-    """The data set of a config, preprocessed or mapped from the cache. Raises FastdlpError for data that is not there."""
+    """The data set of a config, preprocessed or from the cache. Raises FastdlpError for data that is not there."""
     source = load_source(config.dataset, config.data_dir, config.download)
     return load_pixels(source, transform, on_bad=config.bad_images, progress=progress)
 
@@ -176,15 +192,25 @@ def read_partition(config: TrainConfig, pixels: Pixels, file: Path | None = None
     )
 
 
-def _check_partition(partition: Partition) -> None:
+def _check_partition(partition: Partition, empty_clients: str) -> None:
+    if partition.empty and empty_clients != "keep":  # a file's partition cannot be drawn again
+        raise FastdlpError(f"clients {', '.join(map(str, partition.empty))} have no training sample: take another or "
+                           "--empty-clients keep")  # fmt: skip
     if not any(len(train) for train in partition.train):
         raise FastdlpError("no client of this partition has a training sample")
     if not any(len(test) for test in partition.test):
-        raise FastdlpError("no client of this partition has a test sample: use fewer clients or a larger --test-fraction")
+        raise FastdlpError(
+            "no client of this partition has a test sample: use fewer clients or a larger --test-fraction"
+        )
 
 
 def _make_task(
-    config: TrainConfig, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    clip: Clip,
+    pixels: Pixels,
+    transform: Transform,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[ClassificationTask, int, int]:
     """The task, the rows that a slot's full batch sends through the tower, and the tokens of a row."""
     template = config.template or pixels.template
@@ -216,7 +242,7 @@ def _prompts(clip: Clip, stem: TextStem, captions: list[str], device: torch.devi
 
 def moved_stem(stem: Stem, device: torch.device) -> Stem:
     """The same stem on another device."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for name, value in vars(stem).items():
         if isinstance(value, Tensor):
             moved[name] = value.to(device)

@@ -33,9 +33,7 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        raise FastdlpError(
-            f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a plain file'}"
-        )
+        raise FastdlpError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a plain file'}")
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -65,14 +65,15 @@ class Objective:
         if self.task_loss == "cross-entropy":
             log_p = F.log_softmax(out.class_logits, dim=-1)
             return _mean(-log_p.gather(2, out.labels[:, :, None])[:, :, 0], out.mask)
-        return sum(_mean(-F.log_softmax(logits, dim=-1).diagonal(dim1=1, dim2=2), out.mask) for logits in _axes(out)) / 2
+        by_image, by_text = (-F.log_softmax(logits, dim=-1).diagonal(dim1=1, dim2=2) for logits in _axes(out))
+        return _mean((by_image + by_text) / 2, out.mask)
 
     def distil(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The distillation loss of every slot, [n]. Gradients flow to whichever side is not detached."""
         if self.kd_logits == "class":
             return _mean(self._kl(student.class_logits, teacher.class_logits), student.mask)
-        axes = zip(_axes(student), _axes(teacher))
-        return sum(_mean(self._kl(s, t), student.mask) for s, t in axes) / 2
+        by_image, by_text = (self._kl(s, t) for s, t in zip(_axes(student), _axes(teacher)))
+        return _mean((by_image + by_text) / 2, student.mask)
 
     def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Kullback-Leibler divergence over the last axis, times T²: [..., C] → [...]."""

@@ -30,9 +30,7 @@ class Hyperparameters:
     eps: float = 1e-8
 
 
-def update(
-    state: BranchState, slots: Tensor, grads: tuple[Tensor, Tensor], hyper: Hyperparameters
-) -> None:
+def update(state: BranchState, slots: Tensor, grads: tuple[Tensor, Tensor], hyper: Hyperparameters) -> None:
     """One optimiser step on the rows `slots` [n] of a branch, in place.
 
     Args:
@@ -48,9 +46,7 @@ def update(
     state.steps.index_copy_(0, slots, steps)
     _adamw(state.weights, state.weights_m, state.weights_v, weight_grads, slots, steps, hyper.lr[slots], hyper)
     if gate_grads.shape[1]:
-        gates = _adamw(
-            state.gates, state.gates_m, state.gates_v, gate_grads, slots, steps, hyper.gate_lr[slots], hyper
-        )
+        gates = _adamw(state.gates, state.gates_m, state.gates_v, gate_grads, slots, steps, hyper.gate_lr[slots], hyper)
         state.gates.index_copy_(0, slots, THRESHOLDS[hyper.threshold](gates, hyper.xi[slots, None]))
 
 
@@ -76,7 +72,14 @@ THRESHOLDS = {"soft": soft_threshold, "reference": reference_threshold}
 
 
 def _adamw(
-    params: Tensor, m: Tensor, v: Tensor, grads: Tensor, slots: Tensor, steps: Tensor, lr: Tensor, hyper: Hyperparameters
+    params: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grads: Tensor,
+    slots: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    hyper: Hyperparameters,
 ) -> Tensor:
     beta1, beta2 = hyper.betas
     new_m = m.index_select(0, slots).lerp_(grads, 1 - beta1)

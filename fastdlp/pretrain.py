@@ -117,9 +117,7 @@ def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2))
         canvas = Image.new("L", (CANVAS, CANVAS))
         centre = (CANVAS / 2, CANVAS / 2)
         pen = ImageDraw.Draw(canvas)
-        left, top, right, bottom = pen.textbbox(
-            centre, character, font=face, anchor="mm", stroke_width=stroke
-        )
+        left, top, right, bottom = pen.textbbox(centre, character, font=face, anchor="mm", stroke_width=stroke)
         at = (CANVAS - (left + right) / 2, CANVAS - (top + bottom) / 2)  # the ink's centre on the canvas's
         pen.text(at, character, fill=255, font=face, anchor="mm", stroke_width=stroke)
         return np.asarray(canvas)
@@ -387,9 +385,7 @@ def pretrain(out: Path, settings: Settings) -> dict[str, Any]:
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help=f"folder for {NAME}.safetensors and {NAME}.json"
-    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {NAME}.safetensors and {NAME}.json")
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())

@@ -1,12 +1,12 @@
 """The run folder: what was asked, what was dealt, what came out.
 
-    config.json        the resolved config
-    partition.json     client → sample ids
-    metrics.jsonl      a line per round: every client's figures and every loss
-    checkpoint.safetensors
-    adapters/          client-00.safetensors …, server.safetensors, at the end
-    summary.json       at the end
-    trace/             with --trace: see fastdlp.trace
+config.json        the resolved config
+partition.json     client → sample ids
+metrics.jsonl      a line per round: every client's figures and every loss
+checkpoint.safetensors
+adapters/          client-00.safetensors …, server.safetensors, at the end
+summary.json       at the end
+trace/             with --trace: see fastdlp.trace
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from fastdlp.data.partition import Partition, save_partition
 from fastdlp.errors import FastdlpError
 from fastdlp.files import read_json, write_atomic
 
-CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = "config.json", "partition.json", "metrics.jsonl", "summary.json", "adapters"
+CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = (
+    "config.json",
+    "partition.json",
+    "metrics.jsonl",
+    "summary.json",
+    "adapters",
+)
 
 
 class RunFolder:
@@ -63,7 +69,9 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         except OSError as error:
-            raise FastdlpError(f"cannot write to {path.parent}: {error.strerror or error}; name another --out") from None
+            raise FastdlpError(
+                f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
+            ) from None
         try:
             fresh.chmod(0o777 & ~_umask())
             write_atomic(fresh / CONFIG, config.to_json())
@@ -83,6 +91,11 @@ class RunFolder:
             return TrainConfig.from_json((self.path / CONFIG).read_text())
         except FastdlpError as error:
             raise FastdlpError(f"{self.path / CONFIG}: {error}") from None
+
+    def change_config(self, config: TrainConfig) -> None:
+        """Replace the config of a run that is made longer; its summary no longer holds."""
+        write_atomic(self.path / CONFIG, config.to_json())
+        (self.path / SUMMARY).unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary, or None while the run has not ended."""
@@ -107,7 +120,9 @@ class RunFolder:
         """
         lines = cut_lines(self.path / METRICS, lambda line: line["round"] <= upto)
         if [line["round"] for line in lines] != list(range(1, upto + 1)):
-            raise FastdlpError(f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite")
+            raise FastdlpError(
+                f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite"
+            )
         return lines
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -24,7 +24,11 @@ class ImageStem:
         """[n, 3, S, S] normalised fp32 pixels → tokens [n, T, width] fp32, the class token first."""
         x = F.conv2d(pixels, self.patches, stride=self.patches.shape[-1]).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.positions
-        return x if self.ln_pre is None else F.layer_norm(x, (x.shape[-1],), self.ln_pre.weight, self.ln_pre.bias, self.ln_pre.eps)
+        return (
+            x
+            if self.ln_pre is None
+            else F.layer_norm(x, (x.shape[-1],), self.ln_pre.weight, self.ln_pre.bias, self.ln_pre.eps)
+        )
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,13 @@ class ImageTask:
     scoring_batch = 128
 
     def __init__(
-        self, tower: Tower, stem: ImageStem, pixels: PixelSource, text: tuple[Tensor, Tensor], scale: float, resident: int
+        self,
+        tower: Tower,
+        stem: ImageStem,
+        pixels: PixelSource,
+        text: tuple[Tensor, Tensor],
+        scale: float,
+        resident: int,
     ) -> None:
         self.tower, self.stem, self.pixels, self.text, self.scale = tower, stem, pixels, text, scale
         weight = tower.proj.weight

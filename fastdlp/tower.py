@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bank import Adapters
+from fastdlp.kernels.attention import attention
 from fastdlp.kernels.dual_lora import RowGroups, dual_lora
 from fastdlp.sites import TowerShape
 
@@ -85,7 +86,11 @@ class Tower:
         return _moved(self, device, dtype)
 
     def features(
-        self, x: Tensor, groups: RowGroups | None = None, adapters: Adapters | None = None, index: Tensor | None = None
+        self,
+        x: Tensor,
+        groups: RowGroups | None = None,
+        adapters: Adapters | None = None,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Features of the joint space, before normalisation.
 
@@ -119,13 +124,11 @@ class Tower:
             return x[:, 1:].mean(dim=1)
         return _take(x, index)[:, 0]
 
-    def _block(
-        self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None
-    ) -> Tensor:
+    def _block(self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None) -> Tensor:
         rows, tokens, width = x.shape
         qkv = _linear(_norm(x, block.ln1), block.qkv, site, groups, adapters)
         q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        a = attention(q, k, v, _causal(tokens, x.device) if self.causal else None)
         a = a.transpose(1, 2).reshape(rows, tokens, width)
         x = x + _scaled(_linear(a, block.out, site + 1, groups, adapters), block.ls1)
         return self._mlp(x, block, site, groups, adapters)
@@ -150,14 +153,12 @@ class Tower:
         if self.causal:
             positions = torch.arange(tokens, device=x.device)
             mask = (positions <= _positions(index, rows, x.device)[:, None])[:, None, None, :]
-        a = F.scaled_dot_product_attention(q.view(split).transpose(1, 2), k, v, attn_mask=mask)
+        a = attention(q.view(split).transpose(1, 2), k, v, mask)
         a = a.transpose(1, 2).reshape(rows, 1, width)
         x = _take(x, index) + _scaled(_linear(a, block.out, site + 1, groups, adapters), block.ls1)
         return self._mlp(x, block, site, groups, adapters)
 
-    def _mlp(
-        self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None
-    ) -> Tensor:
+    def _mlp(self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None) -> Tensor:
         h = _linear(_norm(x, block.ln2), block.fc1, site + 2, groups, adapters)
         h = _linear(ACTIVATIONS[self.activation](h), block.fc2, site + 3, groups, adapters)
         return x + _scaled(h, block.ls2)
@@ -221,6 +222,11 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x[:, :1]
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
+
+
+def _causal(tokens: int, device: torch.device) -> Tensor:
+    """[T, T] bool: a query sees itself and what stands before it."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
 
 def _positions(index: Tensor | None, rows: int, device: torch.device) -> Tensor:

@@ -47,7 +47,9 @@ class Trace:
     def clients(self, bank: AdapterBank) -> None:
         """Keep every client's adapters as they are now, before aggregation."""
         self._clients = {
-            f"c{slot}/{name}": tensor for slot in range(bank.slots) for name, tensor in client_tensors(bank, slot).items()
+            f"c{slot}/{name}": tensor
+            for slot in range(bank.slots)
+            for name, tensor in client_tensors(bank, slot).items()
         }
 
     def write(self, number: int, bank: AdapterBank, server: Mapping[str, Tensor]) -> None:

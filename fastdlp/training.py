@@ -1,8 +1,8 @@
 """A run from config to summary: rounds, records, checkpoints; and scoring a finished run again.
 
-    summary = fastdlp.train(TrainConfig(method="feddlp", out="runs/a"))
-    summary = fastdlp.resume("runs/a")
-    scores = fastdlp.evaluate("runs/a")
+summary = fastdlp.train(TrainConfig(method="feddlp", out="runs/a"))
+summary = fastdlp.resume("runs/a")
+scores = fastdlp.evaluate("runs/a")
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastdlp.engine import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.exchange import client_tensors, load_client, load_tensors, pack, save_tensors, shared_tensors
 from fastdlp.federation import Federation, prepare
+from fastdlp.files import write_atomic
 from fastdlp.methods import make_method
 from fastdlp.record import ADAPTERS, PARTITION, RunFolder
 from fastdlp.trace import Trace, sample_ids
@@ -83,7 +84,10 @@ def train(config: TrainConfig, overwrite: bool = False, listener: Listener | Non
 
 
 def resume(
-    run: str | Path, rounds: int | None = None, given: dict[str, Any] | None = None, listener: Listener | None = None
+    run: str | Path,
+    rounds: int | None = None,
+    given: dict[str, Any] | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Go on with a run that was stopped, to the same bits as if it never had been; returns the summary.
 
@@ -103,7 +107,8 @@ def resume(
     config = replace(folder.config(), out=str(run))
     if given and (other := differences(config, replace(config, **given))):
         raise FastdlpError(f"{run} was started with {', '.join(other)}: resume without it, or start a new run")
-    if rounds is not None:
+    longer = rounds is not None and rounds != config.rounds
+    if longer:
         config = replace(config, rounds=rounds)
         config.check()
     summary = folder.summary()
@@ -116,7 +121,11 @@ def resume(
         finished = load_checkpoint(folder.path / CHECKPOINT, federation.engine.bank, _identity(federation))
         federation.engine.restore_server()
     if finished > (config.rounds or 0):
-        raise FastdlpError(f"{run} has finished {finished} rounds already: --rounds {config.rounds} cannot take them back")
+        raise FastdlpError(
+            f"{run} has finished {finished} rounds already: --rounds {config.rounds} cannot take them back"
+        )
+    if longer:
+        folder.change_config(config)
     if config.trace:
         trace = Trace(folder.path, finished)
         traced.append(trace)
@@ -140,9 +149,7 @@ def evaluate(run: str | Path, listener: Listener | None = None, device: str | No
     if folder.summary() is None:
         raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
     config = folder.config()
-    federation = prepare(
-        replace(config, device=device or config.device), listener.preparing, folder.path / PARTITION
-    )
+    federation = prepare(replace(config, device=device or config.device), listener.preparing, folder.path / PARTITION)
     bank = federation.engine.bank
     for slot in range(bank.slots):
         path = folder.path / ADAPTERS / _client_file(slot)
@@ -153,9 +160,11 @@ def evaluate(run: str | Path, listener: Listener | None = None, device: str | No
     zero_shot, _ = _accuracy(*federation.engine.score(adapted=False))
     correct, total = federation.engine.score()
     accuracy, clients = _accuracy(correct, total)
-    return {"run": str(run), "accuracy": accuracy, "zero_shot": zero_shot} | clients | {
-        "per_client": _per_client(federation, correct, total)
-    }
+    return (
+        {"run": str(run), "accuracy": accuracy, "zero_shot": zero_shot}
+        | clients
+        | {"per_client": _per_client(federation, correct, total)}
+    )
 
 
 def _prepare(config: TrainConfig, listener: Listener, traced: list[Trace], partition: Path | None = None) -> Federation:
@@ -170,7 +179,12 @@ def _prepare(config: TrainConfig, listener: Listener, traced: list[Trace], parti
 
 
 def _rounds(
-    run: RunFolder, federation: Federation, finished: int, traced: list[Trace], listener: Listener, begun: float
+    run: RunFolder,
+    federation: Federation,
+    finished: int,
+    traced: list[Trace],
+    listener: Listener,
+    begun: float,
 ) -> dict[str, Any]:
     """Rounds finished+1 … to the last, then adapters and summary."""
     config, engine = federation.config, federation.engine
@@ -178,7 +192,7 @@ def _rounds(
     identity = _identity(federation)
     lines = run.rounds(finished)
     zero_shot, _ = _accuracy(*engine.score(adapted=False))
-    message = len(pack(shared_tensors(engine.bank, engine.server)))
+    message = len(pack(shared_tensors(engine.bank, engine.server)))  # every round's has the same shapes
     listener.started(run.path, federation, zero_shot, finished)
     preparation = time.perf_counter() - begun
     if finished == 0:
@@ -244,7 +258,9 @@ def _round_line(
         "round": number,
         "accuracy": accuracy,
         **clients,
-        "losses": {name: _number(np.average(m[sizes > 0], weights=sizes[sizes > 0])) for name, m in losses.means.items()},
+        "losses": {
+            name: _number(np.average(m[sizes > 0], weights=sizes[sizes > 0])) for name, m in losses.means.items()
+        },
         "gates_zero_share": _ratio(zero.sum(), gates * len(engine.slots)) or 0.0,
         "gates_zero_by_part": by_part,
         "clients": per_client,
@@ -330,7 +346,8 @@ def _accuracy(correct: np.ndarray, total: np.ndarray) -> tuple[float, dict[str, 
 
 def _gates(bank: AdapterBank) -> tuple[np.ndarray, int, dict[str, float]]:
     """Gates at zero per slot [slots], gates per slot, and the share at zero by site part over all slots."""
-    zero, count, by_part = np.zeros(bank.slots, np.int64), 0, {}
+    zero, count = np.zeros(bank.slots, np.int64), 0
+    by_part: dict[str, float] = {}
     for name, branch in bank.branches.items():
         if not branch.gated:
             continue
@@ -357,8 +374,8 @@ def _save_adapters(folder: Path, federation: Federation) -> None:
     }
     for slot in range(engine.bank.slots):
         save_tensors(folder / _client_file(slot), client_tensors(engine.bank, slot), about)
-    if shared := shared_tensors(engine.bank, engine.server):
-        save_tensors(folder / "server.safetensors", shared, about)
+    if message := pack(shared_tensors(engine.bank, engine.server)):  # byte for byte what a client receives
+        write_atomic(folder / "server.safetensors", message)
 
 
 def _identity(federation: Federation) -> dict[str, str]:

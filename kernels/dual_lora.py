@@ -4,8 +4,8 @@
 
 Rows are sorted: slot by slot, and within a slot one group per *view* (a view is the set of branches that
 the row sees: local, global or both). All views of a slot have the same number of rows. `A` and `B` stack
-the branches along the rank; `c` [slots, views, parts, R] holds scale · gate, and zero where a view does not see a branch.
-So gates and branch masks never enter the large products (B' = B · diag(c) is made once), a gate at zero
+the branches along the rank; `c` [slots, views, parts, R] holds scale · gate, and zero where a view does not see
+a branch. So gates and branch masks never enter the large products (B' = B · diag(c) is made once), a gate at zero
 still has a gradient, and a masked branch gets exact zeros.
 
 A linear may be *packed*: `parts` adapters over one weight of parts · N rows (q, k and v of attention).
@@ -198,9 +198,7 @@ def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     return (B[:, None] * c[:, :, :, None, :]).to(dtype)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups) -> None:
     if x.ndim != 2 or A.ndim != 4 or B.ndim != 4 or c.ndim != 4:
         raise ValueError(
             "dual_lora: x must be [M, K], A [slots, parts, R, K], B [slots, parts, N, R], c [slots, views, parts, R]"

@@ -44,9 +44,7 @@ class Counting(ArraySource):
 def _source(count: int = 20, broken: tuple[int, ...] = ()) -> Counting:
     images = np.random.default_rng(0).integers(0, 256, (count, 20, 24), dtype=np.uint8)
     labels = np.arange(count) % 3
-    return Counting(
-        "toy", ["a", "b", "c"], "a {}", labels, [f"s/{i}" for i in range(count)], images, [], broken
-    )
+    return Counting("toy", ["a", "b", "c"], "a {}", labels, [f"s/{i}" for i in range(count)], images, [], broken)
 
 
 def _rows(source: ImageSource, indices: list[int]) -> np.ndarray:
@@ -161,8 +159,7 @@ def test_the_rest_of_a_kill_is_cleared_a_day_later(tmp_path: Path) -> None:
 def test_two_writers_at_once(tmp_path: Path) -> None:
     results: list[Pixels] = []
     threads = [
-        threading.Thread(target=lambda: results.append(load_pixels(_source(60), TRANSFORM, tmp_path)))
-        for _ in range(3)
+        threading.Thread(target=lambda: results.append(load_pixels(_source(60), TRANSFORM, tmp_path))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -216,9 +213,7 @@ def _png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_real_bad_files(tmp_path: Path) -> None:
@@ -267,9 +262,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(os.listdir(tmp_path / "mine")) == 2
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (10_000, limits[1])
-    )  # as on a full disk, writing fails half-way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as on a full disk, writing fails half-way
     try:
         with pytest.raises(FastdlpError, match=r"File too large; set \$FASTDLP_CACHE"):
             load_pixels(_source(), TRANSFORM, tmp_path / "full")

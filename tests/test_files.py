@@ -59,9 +59,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_content(tmp_path: Path) -> N
     path = tmp_path / "a.bin"
     path.write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1000, limits[1])
-    )  # the kernel refuses to let files grow further
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the kernel refuses to let files grow further
     try:
         with pytest.raises(FastdlpError, match=r"cannot write .*a\.bin: File too large; make room") as caught:
             write_atomic(path, bytes(5000), hint="make room")

@@ -178,9 +178,7 @@ def test_counts() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_file_comes_back_on_other_indices(tmp_path: Path, scheme: str) -> None:
-    names = [
-        f'odd "{i}" \\ β\udcff' for i in range(300)
-    ]  # the last is how Python reads a name that is no UTF-8
+    names = [f'odd "{i}" \\ β\udcff' for i in range(300)]  # the last is how Python reads a name that is no UTF-8
     made = make_partition(LABELS, 12, scheme, beta=0.05, seed=5, dataset="toy", fingerprint="f00")
     save_partition(tmp_path / "p.json", made, names)
     reordered = ["unused", *reversed(names)]

@@ -107,10 +107,7 @@ def test_a_short_run_learns_and_writes_files_that_load(
     record = pretrain.pretrain(tmp_path, replace(TINY, text_steps=1, steps=1))
     loaded, about = load(tmp_path)
     assert about["trained_with"] == record
-    assert (
-        record["command"]
-        == "python -m fastdlp.pretrain --out DIR --text-steps 1 --steps 1 --glyphs 64 --batch 32"
-    )
+    assert record["command"] == "python -m fastdlp.pretrain --out DIR --text-steps 1 --steps 1 --glyphs 64 --batch 32"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glyph-clip.json", "glyph-clip.safetensors"]
     assert pretrain.digits_zero_shot(loaded) == pytest.approx(record["digits_zero_shot"], abs=1e-3)
 

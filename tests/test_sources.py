@@ -178,9 +178,7 @@ def test_a_benchmark_with_a_missing_list_is_refused(benchmark_set: str, tmp_path
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_missing_benchmark_says_what_to_do(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_benchmark_says_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FastdlpError, match=rf"{FOLDERS[name]}\): pass --data-dir .* or --download"):
         load_source(name, tmp_path)
     monkeypatch.setenv("FASTDLP_CACHE", str(tmp_path / "root"))
@@ -269,9 +267,7 @@ def test_a_download_without_a_network_names_the_cause(
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
     _point_torchvision_at(monkeypatch, url, Path(server))
-    with pytest.raises(
-        FastdlpError, match=rf"cannot download the data set {name} .*Connection refused; try again"
-    ):
+    with pytest.raises(FastdlpError, match=rf"cannot download the data set {name} .*Connection refused; try again"):
         load_source(name, tmp_path / "data", download=True)
     assert os.listdir(tmp_path / "data") == []
     assert socket.getdefaulttimeout() is None

@@ -34,9 +34,7 @@ class Listing:
 def _pets(root: Path, download: bool) -> Listing:
     from torchvision.datasets import OxfordIIITPet
 
-    splits = [
-        OxfordIIITPet(root, s, target_types="category", download=download) for s in ("trainval", "test")
-    ]
+    splits = [OxfordIIITPet(root, s, target_types="category", download=download) for s in ("trainval", "test")]
     labels = {path: label for split in splits for path, label in zip(split._images, split._labels)}
     # A breed's name stands in the file names alone: american_bulldog_100.jpg.
     breeds = {label: path.stem.rpartition("_")[0] for path, label in labels.items()}
@@ -56,13 +54,9 @@ def _flowers(root: Path, download: bool) -> Listing:
 def _aircraft(root: Path, download: bool) -> Listing:
     from torchvision.datasets import FGVCAircraft
 
-    splits = [
-        FGVCAircraft(root, s, annotation_level="variant", download=download) for s in ("trainval", "test")
-    ]
+    splits = [FGVCAircraft(root, s, annotation_level="variant", download=download) for s in ("trainval", "test")]
     names = splits[0].classes
-    files = {
-        Path(path): names[label] for split in splits for path, label in zip(split._image_files, split._labels)
-    }
+    files = {Path(path): names[label] for split in splits for path, label in zip(split._image_files, split._labels)}
     return Listing(Path(splits[0]._data_path, "data", "images"), names, files)
 
 

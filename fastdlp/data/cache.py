@@ -137,9 +137,7 @@ def _check_bad(source: ImageSource, bad: dict[int, str], on_bad: str) -> None:
         raise FastdlpError(f"without the unreadable samples nothing is left of {classes}: {named}")
 
 
-def _read_entry(
-    entry: Path, key: str, total: int, shape: tuple[int, ...]
-) -> tuple[np.ndarray, dict[int, str]] | None:
+def _read_entry(entry: Path, key: str, total: int, shape: tuple[int, ...]) -> tuple[np.ndarray, dict[int, str]] | None:
     """The mapped pixels and the bad samples {index: reason}, or None if the entry is missing or damaged."""
     try:
         record = json.loads(entry.with_suffix(".json").read_bytes())

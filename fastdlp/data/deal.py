@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def deal_dirichlet(
-    rng: np.random.Generator, labels: np.ndarray, clients: int, beta: float
-) -> list[np.ndarray]:
+def deal_dirichlet(rng: np.random.Generator, labels: np.ndarray, clients: int, beta: float) -> list[np.ndarray]:
     """Per class, shuffle its samples and cut them by the cumulated proportions; int64 [m] per client."""
     parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
     for label in np.unique(labels):

@@ -13,8 +13,6 @@ FOLDER = "folder:"
 def check_name(name: str) -> None:
     """Raise FastdlpError, listing the known names, unless `name` is one of them or "folder:PATH"."""
     if name == FOLDER:
-        raise FastdlpError(
-            "the data set folder: needs a path: folder:PATH, with one folder per class in PATH"
-        )
+        raise FastdlpError("the data set folder: needs a path: folder:PATH, with one folder per class in PATH")
     if name not in DATASETS and not name.startswith(FOLDER):
         raise FastdlpError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)} or folder:PATH")

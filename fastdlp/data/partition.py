@@ -195,9 +195,7 @@ def load_partition(path: str | os.PathLike[str], ids: Sequence[str], dataset: st
     _check_names(path, [name for side in sides for names in side for name in names], ids, document, dataset)
 
     index = {name: position for position, name in enumerate(ids)}
-    train, test = (
-        [np.sort(np.array([index[n] for n in side[i]], np.int64)) for side in sides] for i in (0, 1)
-    )
+    train, test = ([np.sort(np.array([index[n] for n in side[i]], np.int64)) for side in sides] for i in (0, 1))
     if not any(len(samples) for samples in train):
         raise FastdlpError(f"in the partition {path} no client has a training sample")
     beta = _field(path, document, "beta", (int, float, type(None)), None)
@@ -261,16 +259,12 @@ def _split(rng: np.random.Generator, part: np.ndarray, test_fraction: float) -> 
 def _names(path: Any, client: str, member: Any) -> tuple[list[str], list[str]]:
     """The training and test ids of one client of a file."""
     train, test = (member.get("train"), member.get("test")) if isinstance(member, dict) else (None, None)
-    if not (
-        isinstance(train, list) and isinstance(test, list) and all(isinstance(n, str) for n in train + test)
-    ):
+    if not (isinstance(train, list) and isinstance(test, list) and all(isinstance(n, str) for n in train + test)):
         raise FastdlpError(f"in the partition {path} client {client!r} lacks the lists of ids train and test")
     return train, test
 
 
-def _check_names(
-    path: Any, names: list[str], ids: Sequence[str], document: dict[str, Any], dataset: str
-) -> None:
+def _check_names(path: Any, names: list[str], ids: Sequence[str], document: dict[str, Any], dataset: str) -> None:
     """Raise where a name occurs twice or is not among `ids`."""
     if twice := [name for name, uses in Counter(names).items() if uses > 1]:
         raise FastdlpError(f"the partition {path} uses {_first(twice)} more than once")

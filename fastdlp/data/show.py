@@ -111,9 +111,7 @@ def partition_figure(
         scale.set_label("samples", fontsize=8, color=_INK, labelpad=1)
         scale.ax.tick_params(labelsize=7, length=2, labelcolor=_INK)
         scale.outline.set_visible(False)
-    grid.set_title(
-        _title(partition, len(labels)), loc="left", fontsize=10, color=_INK, pad=9, parse_math=False
-    )
+    grid.set_title(_title(partition, len(labels)), loc="left", fontsize=10, color=_INK, pad=9, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", pad_inches=0.15, facecolor="white")
 
@@ -123,9 +121,7 @@ def _draw_grid(axes: Axes, totals: np.ndarray, class_names: Sequence[str], numbe
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     clients, classes = totals.shape
-    norm = PowerNorm(
-        0.5, vmin=0, vmax=max(int(totals.max()), 1)
-    )  # the root keeps a handful of samples visible
+    norm = PowerNorm(0.5, vmin=0, vmax=max(int(totals.max()), 1))  # the root keeps a handful of samples visible
     mesh = axes.pcolormesh(
         totals,
         cmap=LinearSegmentedColormap.from_list("fastdlp", _SHADES),
@@ -160,9 +156,7 @@ def _draw_grid(axes: Axes, totals: np.ndarray, class_names: Sequence[str], numbe
         parse_math=False,  # a class name may hold a dollar sign
     )
     step = 1 if clients <= 40 else 5 * -(-clients // 200)
-    axes.set_yticks(
-        [row + 0.5 for row in range(0, clients, step)], [str(row) for row in range(0, clients, step)]
-    )
+    axes.set_yticks([row + 0.5 for row in range(0, clients, step)], [str(row) for row in range(0, clients, step)])
     axes.tick_params(length=0, labelcolor=_INK, pad=3)
     axes.tick_params(axis="y", labelsize=8.5)
     axes.set_ylabel("client", fontsize=9, color=_INK)

@@ -98,9 +98,7 @@ class FileSource(ImageSource):
             return b"unreadable"  # load_pixels names the file; once readable, the fingerprint changes
 
 
-def load_source(
-    name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False
-) -> ImageSource:
+def load_source(name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> ImageSource:
     """Open a data set by name.
 
     Args:
@@ -146,18 +144,14 @@ def _digits() -> ImageSource:
 def _folder(root: Path) -> ImageSource:
     """One class per folder in `root`. Files that are no images stay in the list: load_pixels reports them."""
     if not root.is_dir():
-        raise FastdlpError(
-            f"{root} is not a folder: folder:PATH needs a folder with one folder of images per class"
-        )
+        raise FastdlpError(f"{root} is not a folder: folder:PATH needs a folder with one folder of images per class")
     class_names: list[str] = []
     labels: list[int] = []
     paths: list[Path] = []
     try:
         folders = [entry for entry in _visible(root) if entry.is_dir()]
         if not folders:
-            raise FastdlpError(
-                f"{root} holds no class folders: put the images of each class into a folder of its own"
-            )
+            raise FastdlpError(f"{root} holds no class folders: put the images of each class into a folder of its own")
         for folder in folders:
             files = _visible(folder)
             if inner := [entry.name for entry in files if entry.is_dir()]:
@@ -170,9 +164,7 @@ def _folder(root: Path) -> ImageSource:
             name = " ".join(folder.name.replace("_", " ").replace("-", " ").split())
             if not name or name in class_names:
                 twin = f" like that of {folders[class_names.index(name)].name!r}" if name else " and is empty"
-                raise FastdlpError(
-                    f"the folder name {folder.name!r} reads {name!r} in a prompt{twin}: rename it"
-                )
+                raise FastdlpError(f"the folder name {folder.name!r} reads {name!r} in a prompt{twin}: rename it")
             labels += [len(class_names)] * len(files)
             paths += files
             class_names.append(name)
@@ -190,9 +182,7 @@ def _folder(root: Path) -> ImageSource:
 
 def _visible(folder: Path) -> list[Path]:
     """The files and folders in `folder` that are not hidden, by name."""
-    return sorted(
-        (entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda p: p.name
-    )
+    return sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=lambda p: p.name)
 
 
 @cache

@@ -57,18 +57,14 @@ class Transform:
         else:
             short, long = sorted(image.size)
             if self.size * (self.size * long // max(short, 1)) > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels is too narrow to scale to {self.size}"
-                )
+                raise ValueError(f"{image.width} x {image.height} pixels is too narrow to scale to {self.size}")
             image = F.center_crop(F.resize(image, [self.size], method), [self.size, self.size])
         # Last, as open_clip does it: the order shows in palette and transparent images.
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, H, W] to float32 [n, 3, H, W], on the same device."""
-        return F.normalize(
-            pixels.to(torch.float32, copy=True).div_(255), list(self.mean), list(self.std), inplace=True
-        )
+        return F.normalize(pixels.to(torch.float32, copy=True).div_(255), list(self.mean), list(self.std), inplace=True)
 
     def key(self) -> str:
         """What `to_uint8` depends on, as text: equal keys give equal bytes for equal images."""

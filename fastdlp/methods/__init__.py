@@ -9,7 +9,8 @@ from fastdlp.methods.feddlp import FedDLP
 from fastdlp.methods.flora import FLoRA
 from fastdlp.methods.local import Local
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedDLP, FLoRA, Local)}
+_ALL: tuple[type[Method], ...] = (FedDLP, FLoRA, Local)
+METHODS = {method.name: method for method in _ALL}
 
 
 def make_method(config: TrainConfig) -> Method:

@@ -6,7 +6,8 @@ and `Step.update`. It imports nothing heavy, so its name is known before torch i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from fastdlp.sites import Branch
 
@@ -37,17 +38,20 @@ class Step(Protocol):
         """Differentiate Σ loss and step the optimiser (and threshold the gates) of these branches."""
 
 
-class Method(Protocol):
+class Method(ABC):
     """A federated method. `shared` branches are averaged after each round; `scored` is the view of inference."""
 
     name: ClassVar[str]
     shared: ClassVar[tuple[str, ...]]
     scored: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: TrainConfig) -> None: ...
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
 
+    @abstractmethod
     def branches(self) -> tuple[Branch, ...]:
         """The adapters that every client holds."""
 
-    def step(self, step: Step) -> dict[str, Any]:
+    @abstractmethod
+    def step(self, step: Step) -> dict[str, Tensor]:
         """One optimisation step of every active client; returns the losses [n] by name."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastdlp.methods.base import Step
+from fastdlp.methods.base import Method, Step
 from fastdlp.sites import Branch
 
 if TYPE_CHECKING:
-    from fastdlp.config import TrainConfig
+    from torch import Tensor
 
 LOCAL, GLOBAL = ("local",), ("global",)
 
 
-class FedDLP:
+class FedDLP(Method):
     """Two models over the same frozen weights: frozen + local, frozen + global.
 
     1. The local adapter and its gate learn with L = CE + α · KD from the global model (frozen).
@@ -28,9 +28,6 @@ class FedDLP:
     shared = GLOBAL
     scored = LOCAL
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-
     def branches(self) -> tuple[Branch, ...]:
         c = self.config
         return (
@@ -38,7 +35,7 @@ class FedDLP:
             Branch("global", c.rank_global, gated=False, lora_alpha=c.lora_alpha),
         )
 
-    def step(self, step: Step) -> dict[str, Any]:
+    def step(self, step: Step) -> dict[str, Tensor]:
         if self.config.teacher == "pre-update":
             return self._pre_update(step)
         (local,) = step.forward(LOCAL)
@@ -51,7 +48,7 @@ class FedDLP:
         step.update(ce_global + kd_global, "global")
         return {"ce_local": ce_local, "kd_local": kd_local, "ce_global": ce_global, "kd_global": kd_global}
 
-    def _pre_update(self, step: Step) -> dict[str, Any]:
+    def _pre_update(self, step: Step) -> dict[str, Tensor]:
         local, shared = step.forward(LOCAL, GLOBAL)
         ce_local, kd_local = step.task(local), step.distil(local, shared.detach())
         ce_global, kd_global = step.task(shared), step.distil(shared, local.detach())
