@@ -207,6 +207,26 @@ def step(
         print_step(result, console.out)
 
 
+@bench_app.command()
+def demonstration(
+    output: Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")] = None,
+) -> None:
+    """Every method on the embedded digits, both encoders, β 0.1 and 0.01, three seeds, as a Markdown table."""
+    import torch
+
+    from fastdlp.bench.demonstration import demonstrate, markdown
+    from fastdlp.bench.step import machine
+    from fastdlp.cli import console
+    from fastdlp.files import write_atomic
+
+    with console.err.status("preparing") as status:
+        rows = demonstrate(status.update)
+    if output is not None:
+        facts = {"command": "fastdlp bench demonstration", **machine(torch.device("cpu")), "torch": torch.__version__}
+        write_atomic(output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    print(markdown(rows), end="")
+
+
 def main() -> None:
     """Run the command line and exit."""
     try:

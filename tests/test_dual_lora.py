@@ -1,0 +1,152 @@
+"""The operator against its written formula: outputs and every gradient, on awkward shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdlp.kernels.dual_lora import RowGroups, dual_lora, dual_lora_reference
+
+GROUPS = {
+    "one": RowGroups((7,)),
+    "equal": RowGroups((5, 5, 5)),
+    "ragged": RowGroups((63, 5, 5, 1, 0, 31)),
+    "views": RowGroups((4, 4, 1, 0, 9), views=2),
+    "empty ends": RowGroups((0, 3, 0), views=2),
+    "nobody": RowGroups((0, 0)),
+}
+# Relative to the largest entry of the reference: rounding of operands and products, no more. bf16 rounds B', P, Q
+# and the result by up to 2^-9 each, and sums over a handful of rows cancel.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def problem(
+    groups: RowGroups, parts: int, rank: int, width: int, out: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Random operands; the adapters are fp32 where x is of lower precision, as in training."""
+    g = torch.Generator().manual_seed(0)
+    slots = len(groups.sizes)
+    adapters = dtype if dtype == torch.float64 else torch.float32
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return {
+        "x": rand(groups.rows, width).to(dtype),
+        "weight": rand(parts * out, width).to(dtype),
+        "bias": rand(parts * out).to(dtype),
+        "A": rand(slots, parts, rank, width).to(adapters),
+        "B": rand(slots, parts, out, rank).to(adapters),
+        "c": rand(slots, groups.views, parts, rank).to(adapters),
+    }
+
+
+def run(function, operands: dict[str, Tensor], groups: RowGroups, dy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: t.clone().requires_grad_(name in "xABc") for name, t in operands.items()}
+    y = function(**leaves, groups=groups)
+    wanted = [leaves[name] for name in "xABc"]
+    grads = torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True)
+    return y.detach(), {n: torch.zeros_like(w) if g is None else g for n, w, g in zip("xABc", wanted, grads)}
+
+
+def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str) -> None:
+    assert ours.shape == reference.shape, what
+    if reference.numel():
+        scale = reference.double().abs().max().clamp(min=1e-30)
+        worst = (ours.double() - reference.double()).abs().max() / scale
+        assert worst <= tolerance, f"{what}: {worst:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("parts", "rank", "width", "out"), [(1, 2, 8, 16), (3, 6, 10, 7), (2, 16, 33, 5), (1, 1, 1, 1)]
+)
+@pytest.mark.parametrize("name", GROUPS)
+def test_equals_the_formula(name: str, parts: int, rank: int, width: int, out: int, dtype: torch.dtype) -> None:
+    groups = GROUPS[name]
+    operands = problem(groups, parts, rank, width, out, dtype)
+    dy = torch.randn(groups.rows, parts * out, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, grads = run(dual_lora, operands, groups, dy)
+    in_fp64 = {n: t.double() for n, t in operands.items()}
+    y_ref, grads_ref = run(dual_lora_reference, in_fp64, groups, dy)
+    assert_close(y, y_ref, TOLERANCE[dtype], "y")
+    for operand, grad in grads.items():
+        assert grad.dtype == operands[operand].dtype
+        assert_close(grad, grads_ref[operand], TOLERANCE[dtype], f"d{operand}")
+
+
+def test_reference_is_the_written_formula() -> None:
+    groups = RowGroups((2, 3), views=2)
+    o = problem(groups, 2, 3, 5, 4)
+    y = dual_lora_reference(**o, groups=groups)
+    row = 0
+    for slot, size in enumerate(groups.sizes):
+        for view in range(2):
+            for _ in range(size):
+                x = o["x"][row]
+                for part in range(2):
+                    W, b = o["weight"][part * 4 : part * 4 + 4], o["bias"][part * 4 : part * 4 + 4]
+                    A, B, c = o["A"][slot, part], o["B"][slot, part], o["c"][slot, view, part]
+                    expected = W @ x + b + B @ (c * (A @ x))
+                    assert torch.allclose(y[row, part * 4 : part * 4 + 4], expected, rtol=0, atol=1e-12)
+                row += 1
+    assert row == groups.rows
+
+
+def test_gradients_by_finite_differences() -> None:
+    groups = RowGroups((2, 0, 1), views=2)
+    o = problem(groups, 2, 2, 3, 2)
+    leaves = [o[name].requires_grad_() for name in "xABc"]
+    assert torch.autograd.gradcheck(lambda x, A, B, c: dual_lora(x, o["weight"], o["bias"], A, B, c, groups), leaves)
+
+
+def test_masked_branch_gets_exact_zeros_and_a_zero_gate_a_gradient() -> None:
+    groups = RowGroups((5, 2), views=2)
+    o = problem(groups, 1, 6, 8, 9)
+    o["c"][:, :, :, 4:] = 0  # a branch that no view sees
+    o["c"][:, :, :, 0] = 0  # a gate at zero
+    dy = torch.randn(groups.rows, 9, dtype=torch.float64)
+    _, grads = run(dual_lora, o, groups, dy)
+    assert (grads["A"][:, :, 4:] == 0).all()
+    assert (grads["B"][:, :, :, 4:] == 0).all()
+    assert (grads["c"][:, :, :, 0] != 0).all()
+
+
+def test_slots_do_not_see_each_other() -> None:
+    groups = RowGroups((4, 4, 3))
+    o = problem(groups, 3, 4, 8, 6)
+    dy = torch.randn(groups.rows, 18, dtype=torch.float64)
+    y, grads = run(dual_lora, o, groups, dy)
+    o["A"][1], o["B"][1], o["x"][4:8] = float("nan"), float("nan"), float("nan")
+    y_nan, grads_nan = run(dual_lora, o, groups, dy)
+    others = [0, 1, 2, 3, 8, 9, 10]
+    assert torch.equal(y[others], y_nan[others])
+    for name in "ABc":
+        assert torch.equal(grads[name][[0, 2]], grads_nan[name][[0, 2]])
+
+
+def test_skips_the_gradient_of_x_and_of_fixed_adapters() -> None:
+    groups = RowGroups((3,))
+    o = problem(groups, 1, 2, 4, 5)
+    y = dual_lora(o["x"], o["weight"], None, o["A"].requires_grad_(), o["B"], o["c"], groups)
+    (grad,) = torch.autograd.grad(y.sum(), o["A"])
+    expected = dual_lora_reference(o["x"], o["weight"], None, o["A"], o["B"], o["c"], groups)
+    assert_close(grad, torch.autograd.grad(expected.sum(), o["A"])[0], 1e-12, "dA")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("x", (8, 4)), ("weight", (5, 3)), ("bias", (4,)), ("B", (1, 1, 5, 3)), ("c", (1, 2, 1, 2)), ("A", (2, 4))],
+)
+def test_refuses_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    o = problem(RowGroups((7,)), 1, 2, 4, 5)
+    o[name] = torch.zeros(shape, dtype=torch.float64)
+    for function in (dual_lora, dual_lora_reference):
+        with pytest.raises(ValueError, match=f"{name} is|x must be"):
+            function(**o, groups=RowGroups((7,)))
+
+
+def test_runs_join_neighbours_of_one_size() -> None:
+    assert RowGroups((5, 5, 0, 2), views=2).runs == ((0, 2, 0, 20, 5), (3, 4, 20, 24, 2))
+    assert RowGroups((5, 5), 1).times(3) == RowGroups((15, 15), 1)
