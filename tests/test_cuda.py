@@ -1,0 +1,86 @@
+"""The same numbers on a CUDA GPU as on the CPU, and the same bits from run to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdlp.config import TrainConfig
+from fastdlp.kernels.attention import attention, attention_reference
+from fastdlp.kernels.dual_lora import RowGroups, dual_lora, dual_lora_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# Largest error relative to the largest entry, operands rounded to the dtype; fp32 without TF32.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [RowGroups((63, 5, 5, 1, 0, 31)), RowGroups((100, 100, 7), views=2)], ids=str)
+def test_operator(groups: RowGroups, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    slots, parts, rank, width, out = len(groups.sizes), 3, 6, 100, 96
+    adapters = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = {
+        "x": (groups.rows, width), "weight": (parts * out, width), "bias": (parts * out,), "A": (slots, parts, rank, width),
+        "B": (slots, parts, out, rank), "c": (slots, groups.views, parts, rank),
+    }  # fmt: skip
+    exact = {
+        n: torch.randn(s, generator=g, dtype=torch.float64).to(adapters if n in "ABc" else dtype).double()
+        for n, s in shapes.items()
+    }
+    dy = torch.randn(groups.rows, parts * out, generator=g, dtype=torch.float64).to(dtype)
+    device = {n: t.to("cuda", adapters if n in "ABc" else dtype) for n, t in exact.items()}
+    results = []
+    for function, operands, grad in ((dual_lora, device, dy.cuda()), (dual_lora_reference, exact, dy.double())):
+        leaves = [operands[n].requires_grad_() for n in "xABc"]
+        y = function(**operands, groups=groups)
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for ours, reference in zip(*results):
+        assert (ours.double().cpu() - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(4, 3, 50, 16, device="cuda", dtype=dtype) for _ in range(3))
+    mask = torch.ones(50, 50, dtype=torch.bool, device="cuda").tril()
+    reference = attention_reference(q.double(), k.double(), v.double(), mask)
+    assert (attention(q, k, v, mask).double() - reference).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("encoder", ["image", "text"])
+@pytest.mark.parametrize("protocol", ["paper", "reference"])
+def test_training_follows_the_cpu(tmp_path: Path, protocol: str, encoder: str) -> None:
+    """Losses of two rounds in fp32: the same curve, apart from rounding that AdamW passes on."""
+    curves = {}
+    for device in ("cpu", "cuda"):
+        curves[device] = _losses(tmp_path / device, device=device, protocol=protocol, encoder=encoder, precision="fp32")
+    for cpu, cuda in zip(curves["cpu"], curves["cuda"]):
+        assert cuda == pytest.approx(cpu, rel=5e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_same_bits_every_run(tmp_path: Path, encoder: str, precision: str) -> None:
+    from safetensors.torch import load_file
+
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        _losses(run, device="cuda", encoder=encoder, precision=precision)
+    for name in ("client-00", "client-03", "server"):
+        first, second = (load_file(run / "adapters" / f"{name}.safetensors") for run in runs)
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), f"{name}: {key}"
+
+
+def _losses(run: Path, **options: str) -> list[float]:
+    """Every loss of two rounds on the embedded data."""
+    import json
+
+    from fastdlp.training import train
+
+    train(TrainConfig(rounds=2, clients=4, out=str(run), **options))  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [value for line in lines for value in line["losses"].values()]
