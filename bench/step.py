@@ -1,8 +1,8 @@
-"""One FEDDLP step of one client: fastdlp beside the same step written with PEFT, in one run on one machine.
+"""One FEDDLP step of one or more clients: fastdlp beside the same step written with PEFT, in one run on one machine.
 
 The PEFT form is what its documentation shows: a Hugging Face CLIP image tower with two LoRA adapters
 (`local` r = 4, `global` r = 2) over all 73 linears, switched by `set_adapter`; text features cached;
-four tower forwards and two backwards a step; torch's AdamW. PEFT has no gate, so fastdlp's gates stand at
+four tower forwards and two backwards a step; torch's AdamW; several clients one after another. PEFT has no gate, so fastdlp's gates stand at
 one for the comparison of the losses; fastdlp trains and thresholds them in its timed steps all the same.
 
 No row is printed before its losses agreed with those of PEFT in fp32 on the same weights, adapters and images.
@@ -269,6 +269,7 @@ def bench_step(
     repeats: int,
     device: torch.device,
     tell: Callable[[str], None],
+    clients: int = 1,
 ) -> dict[str, Any]:
     """Measure all forms in one run; checks each form's losses first.
 
@@ -286,8 +287,10 @@ def bench_step(
     forms = {
         "PEFT": lambda p: PeftStep(problem, p, "default", device, bank),
         "PEFT, adapters cast": lambda p: PeftStep(problem, p, "cast", device, bank),
-        "fastdlp": lambda p: _engine_step(fastdlp_engine(problem, p, "fresh", device)),
-        "fastdlp --teacher pre-update": lambda p: _engine_step(fastdlp_engine(problem, p, "pre-update", device)),
+        "fastdlp": lambda p: _engine_step(fastdlp_engine(problem, p, "fresh", device, clients)),
+        "fastdlp --teacher pre-update": lambda p: _engine_step(
+            fastdlp_engine(problem, p, "pre-update", device, clients)
+        ),
     }
     passes = {
         "PEFT": (4, 2),
@@ -314,7 +317,7 @@ def bench_step(
     for repeat in range(repeats):  # in turn, so that a disturbance of the machine meets every form
         for key, step in steps.items():
             tell(f"{key[0]}, {key[1]}: {repeat + 1} of {repeats}")
-            times[key].append(_timed(step, device))
+            times[key].append(_timed(step, device, clients if isinstance(step, PeftStep) else 1))
     rows = []
     for (form, precision), seconds in times.items():
         q = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -325,7 +328,7 @@ def bench_step(
                 statistics.median(times["PEFT", precisions[0]]) / middle, errors[form, precision])
         )  # fmt: skip
     return {
-        "what": f"one FEDDLP step, one client, {model}, image encoder, batch {batch}, random weights",
+        "what": f"one FEDDLP step of {clients} client{'s' if clients > 1 else ''}, {model}, image encoder, batch {batch}, random weights",
         "rows": [vars(row) for row in rows],
         "repeats": repeats,
         **machine(device),
@@ -362,10 +365,11 @@ def _engine_step(engine: Engine) -> Callable[[], dict[str, float]]:
     return step
 
 
-def _timed(step: Callable[[], dict[str, float]], device: torch.device) -> float:
-    """Seconds of one step. Every form returns its losses as numbers, so the device has finished."""
+def _timed(step: Callable[[], dict[str, float]], device: torch.device, times: int) -> float:
+    """Seconds of one step of all clients: `times` calls for a form that takes them one after another."""
     start = time.perf_counter()
-    step()
+    for _ in range(times):
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -181,12 +181,13 @@ def step(
         list[str] | None,
         typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both"),
     ] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each form.")] = 7,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One FEDDLP step of one client beside the same step written with PEFT."""
+    """One FEDDLP step of one or more clients beside the same step written with PEFT."""
     from fastdlp.bench.report import print_step
     from fastdlp.bench.step import bench_step
     from fastdlp.cli import console
@@ -198,7 +199,7 @@ def step(
     if unknown := [p for p in precisions if p not in DTYPES]:
         raise FastdlpError(f"unknown --precision {unknown[0]!r}: choose from {', '.join(DTYPES)}")
     with console.err.status("preparing") as status:
-        result = bench_step(model, batch_size, precisions, repeats, pick_device(device), status.update)
+        result = bench_step(model, batch_size, precisions, repeats, pick_device(device), status.update, clients)
     if output is not None:
         write_atomic(output, json.dumps(result, indent=1) + "\n")
     if as_json:
