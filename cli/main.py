@@ -160,7 +160,7 @@ def show(
     picture: Annotated[Path | None, typer.Option("--picture", help="Also draw it to this .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show who holds what: clients by classes, training + test samples."""
+    """Show who holds what: clients by classes, as a table and, with --picture, as a picture."""
     from fastdlp.cli import console, inspect
 
     config = TrainConfig(
@@ -214,10 +214,10 @@ def demonstration(
 ) -> None:
     """Every method on the embedded digits, both encoders, β 0.1 and 0.01, three seeds, as a Markdown table."""
     import torch
-
     from fastdlp.bench.demonstration import demonstrate, markdown
     from fastdlp.bench.step import machine
     from fastdlp.cli import console
+
     from fastdlp.files import write_atomic
 
     with console.err.status("preparing") as status:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -134,7 +135,7 @@ class TrainConfig:
         config = dataclasses.replace(self, **fill)
         if config.gate_lr is None:
             config = dataclasses.replace(config, gate_lr=config.lr)
-        return config
+        return dataclasses.replace(config, **_absolute_paths(config))
 
     def check(self) -> None:
         """Refuse what cannot be, one line each.
@@ -202,6 +203,20 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
         for f in dataclasses.fields(TrainConfig)
         if f.name not in NOT_IN_NUMBERS and getattr(old, f.name) != getattr(new, f.name)
     ]
+
+
+def _absolute_paths(config: TrainConfig) -> dict[str, str]:
+    """The options that are paths, whole, so that a run can be continued from another folder."""
+    found: dict[str, str] = {}
+    for name, prefix in (("dataset", "folder:"), ("model", "local-dir:")):
+        value = getattr(config, name)
+        if value.startswith(prefix) and value != prefix:
+            found[name] = prefix + os.path.abspath(os.path.expanduser(value.removeprefix(prefix)))
+    for name in ("data_dir", "partition", "pretrained"):
+        value = getattr(config, name)
+        if value is not None and (name == "data_dir" or os.path.isfile(value)):
+            found[name] = os.path.abspath(os.path.expanduser(value))
+    return found
 
 
 def _flag(name: str) -> str:

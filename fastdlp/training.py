@@ -105,7 +105,7 @@ def resume(
     begun = time.perf_counter()
     folder = RunFolder(Path(run))
     config = replace(folder.config(), out=str(run))
-    if given and (other := differences(config, replace(config, **given))):
+    if given and (other := differences(config, replace(config, **given).resolved())):
         raise FastdlpError(f"{run} was started with {', '.join(other)}: resume without it, or start a new run")
     longer = rounds is not None and rounds != config.rounds
     if longer:
@@ -283,7 +283,7 @@ def _summary(
         "encoder": config.encoder,
         "model": config.model,
         "pretrained": config.pretrained,
-        "dataset": config.dataset,
+        "dataset": federation.pixels.name,
         "partition": federation.partition.scheme,
         "beta": federation.partition.beta,
         "clients": federation.partition.clients,

@@ -34,12 +34,12 @@ def test_a_narrow_table_has_every_count() -> None:
     cells = counts(partition, LABELS)
     lines = [line.split() for line in _text(partition_table(partition, LABELS, NAMES)).splitlines()]
     for client, row in enumerate(cells):
-        expected = [f"{a}+{b}" if a + b else "·" for a, b in row]
+        expected = [str(a + b) if a + b else "·" for a, b in row]
         assert [str(client), *expected, str(row[:, 0].sum()), str(row[:, 1].sum())] in lines
     totals = cells.sum(axis=0)
     assert [
         "all",
-        *(f"{a}+{b}" for a, b in totals),
+        *(str(a + b) for a, b in totals),
         str(totals[:, 0].sum()),
         str(totals[:, 1].sum()),
     ] in lines
@@ -57,7 +57,7 @@ def test_a_wide_table_names_the_largest_classes() -> None:
     for row in counts(partition, labels).sum(axis=2):
         largest = sorted(range(20), key=lambda i: (-row[i], i))[:4]
         assert largest[0] == 7
-        assert f"{np.count_nonzero(row)}   " + ", ".join(f"class{i} {row[i]}" for i in largest) in text
+        assert f"{np.count_nonzero(row)}  " + ", ".join(f"class{i} {row[i]}" for i in largest) in text
 
 
 def test_the_map_and_the_bars_hold_the_counts() -> None:

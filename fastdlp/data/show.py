@@ -29,7 +29,7 @@ _ALARM = "#c0392b"
 
 
 def partition_table(partition: Partition, labels: np.ndarray, class_names: Sequence[str]) -> Table:
-    """A rich table, a row per client with training + test counts and their sums.
+    """A rich table, a row per client: samples of each class, and the sums of training and test samples.
 
     Up to 12 classes have a column each; with more, a row names its largest classes. `labels` is int [n].
     """
@@ -37,26 +37,32 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=_title(partition, len(labels)), show_footer=True, box=box.SIMPLE_HEAD)
+    table = Table(
+        title=_title(partition, len(labels)),
+        show_footer=True,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
     table.title_style, table.title_justify = "bold", "left"
-    table.caption, table.caption_justify = "counts are training + test samples", "left"
+    table.caption, table.caption_justify = "a class counts training and test samples together", "left"
     cells = counts(partition, labels, len(class_names))
     every = cells.sum(axis=0)
     wide = len(class_names) <= _WIDE
     table.add_column("client", "all", justify="right")
     if wide:
         for name, both in zip(class_names, every):
-            table.add_column(escape(name), _plus(both), justify="right")
+            table.add_column(escape(name), _count(both), justify="right")
     else:
         table.add_column("classes", str(np.count_nonzero(every.sum(axis=1))), justify="right")
         table.add_column("largest classes", "", overflow="fold", ratio=1)
-    table.add_column("train", str(every[:, 0].sum()), justify="right")
+    table.add_column("train", str(every[:, 0].sum()), justify="right", min_width=5)
     table.add_column("test", str(every[:, 1].sum()), justify="right")
 
     for client, row in enumerate(cells):
         totals = row.sum(axis=1)
         if wide:
-            middle = [_plus(both) for both in row]
+            middle = [_count(both) for both in row]
         else:
             largest = [i for i in np.argsort(-totals, kind="stable")[:4] if totals[i]]
             middle = [
@@ -207,6 +213,6 @@ def _title(partition: Partition, samples: int) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _plus(both: np.ndarray) -> str:
-    """Training + test of one cell; a dot where there is neither."""
-    return f"{both[0]}+{both[1]}" if both.any() else "·"
+def _count(both: np.ndarray) -> str:
+    """Training and test samples of one cell together; a dot where there is none."""
+    return str(both.sum()) if both.any() else "·"
