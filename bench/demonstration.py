@@ -32,21 +32,32 @@ def demonstrate(
                     tell(f"{method}, {encoder} encoder, β {beta:g}, seed {seed}")
                     with tempfile.TemporaryDirectory() as folder:
                         config = TrainConfig(
-                            method=method, encoder=encoder, beta=beta, seed=seed, rounds=rounds, out=str(Path(folder) / "run")
-                        )  # type: ignore[arg-type]  # fmt: skip
+                            method=method,
+                            encoder=encoder,
+                            beta=beta,
+                            seed=seed,
+                            rounds=rounds,
+                            out=str(Path(folder) / "run"),
+                        )  # type: ignore[arg-type]
                         runs.append(train(config, listener=Listener()))
                 rows.append(
-                    {"encoder": encoder, "beta": beta, "method": method, "seeds": list(seeds), "rounds": runs[0]["rounds"],
-                     "lr": runs[0]["config"]["lr"]}
+                    {
+                        "encoder": encoder,
+                        "beta": beta,
+                        "method": method,
+                        "seeds": list(seeds),
+                        "rounds": runs[0]["rounds"],
+                        "lr": runs[0]["config"]["lr"],
+                    }
                     | {name: [run[name] for run in runs] for name in FIGURES}
-                )  # fmt: skip
+                )
     return rows
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table: means over seeds, the lowest client of the worst seed, each seed's accuracy."""
     lines = [
-        "| encoder | β | method | zero-shot | last round, mean of seeds | each seed | best round | lowest client, mean (worst) | s a run |",
+        "| encoder | β | method | zero-shot | last round | each seed | best round | lowest client (worst seed) | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -54,6 +65,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['encoder']} | {row['beta']:g} | {row['method']} | {mean(row['zero_shot']):.3f} "
             f"| **{mean(row['accuracy_last']):.3f}** | {each} | {mean(row['accuracy_best_test']):.3f} "
-            f"| {mean(row['clients_lowest']):.3f} ({min(row['clients_lowest']):.3f}) | {mean(row['seconds_total']):.0f} |"
+            f"| {mean(row['clients_lowest']):.3f} ({min(row['clients_lowest']):.3f}) "
+            f"| {mean(row['seconds_total']):.0f} |"
         )
     return "\n".join(lines) + "\n"

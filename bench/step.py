@@ -2,8 +2,8 @@
 
 The PEFT form is what its documentation shows: a Hugging Face CLIP image tower with two LoRA adapters
 (`local` r = 4, `global` r = 2) over all 73 linears, switched by `set_adapter`; text features cached;
-four tower forwards and two backwards a step; torch's AdamW; several clients one after another. PEFT has no gate, so fastdlp's gates stand at
-one for the comparison of the losses; fastdlp trains and thresholds them in its timed steps all the same.
+four tower forwards and two backwards a step; torch's AdamW; several clients one after another. PEFT has no gate,
+so fastdlp's gates stand at one for the comparison of the losses; its timed steps train and threshold them.
 
 No row is printed before its losses agreed with those of PEFT in fp32 on the same weights, adapters and images.
 """
@@ -196,27 +196,40 @@ def hugging_face_tower(clip: Clip) -> nn.Module:
     tower, stem = clip.image, clip.image_stem
     shape = tower.shape
     config = CLIPVisionConfig(
-
-        hidden_size=shape.width, intermediate_size=shape.mlp, projection_dim=shape.embed,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        projection_dim=shape.embed,
         num_hidden_layers=shape.layers,
-        num_attention_heads=tower.heads, image_size=clip.transform.size, patch_size=stem.patches.shape[-1],
-        hidden_act=tower.activation, layer_norm_eps=tower.ln_post.eps, attn_implementation="sdpa",
-    )  # fmt: skip
+        num_attention_heads=tower.heads,
+        image_size=clip.transform.size,
+        patch_size=stem.patches.shape[-1],
+        hidden_act=tower.activation,
+        layer_norm_eps=tower.ln_post.eps,
+        attn_implementation="sdpa",
+    )
     model = CLIPVisionModelWithProjection(config).eval()
     assert stem.ln_pre is not None
     state = {
-        "embeddings.class_embedding": stem.class_token, "embeddings.patch_embedding.weight": stem.patches,
+        "embeddings.class_embedding": stem.class_token,
+        "embeddings.patch_embedding.weight": stem.patches,
         "embeddings.position_embedding.weight": stem.positions,
-        "pre_layrnorm.weight": stem.ln_pre.weight, "pre_layrnorm.bias": stem.ln_pre.bias,
-        "post_layernorm.weight": tower.ln_post.weight, "post_layernorm.bias": tower.ln_post.bias,
-    }  # fmt: skip
+        "pre_layrnorm.weight": stem.ln_pre.weight,
+        "pre_layrnorm.bias": stem.ln_pre.bias,
+        "post_layernorm.weight": tower.ln_post.weight,
+        "post_layernorm.bias": tower.ln_post.bias,
+    }
     for i, block in enumerate(tower.blocks):
         at = f"encoder.layers.{i}."
         assert block.qkv.bias is not None
         for name, weight, bias in zip("qkv", block.qkv.weight.chunk(3), block.qkv.bias.chunk(3)):
             state |= {f"{at}self_attn.{name}_proj.weight": weight, f"{at}self_attn.{name}_proj.bias": bias}
-        for name, part in (("self_attn.out_proj", block.out), ("mlp.fc1", block.fc1), ("mlp.fc2", block.fc2),
-                           ("layer_norm1", block.ln1), ("layer_norm2", block.ln2)):  # fmt: skip
+        for name, part in (
+            ("self_attn.out_proj", block.out),
+            ("mlp.fc1", block.fc1),
+            ("mlp.fc2", block.fc2),
+            ("layer_norm1", block.ln1),
+            ("layer_norm2", block.ln2),
+        ):
             state |= {f"{at}{name}.weight": part.weight, f"{at}{name}.bias": part.bias}  # type: ignore[dict-item]
     own = model.state_dict()
     full = {}
@@ -232,9 +245,14 @@ def hugging_face_tower(clip: Clip) -> nn.Module:
 
 
 HF_NAMES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj",
-    "fc1": "mlp.fc1", "fc2": "mlp.fc2", "proj": "visual_projection",
-}  # fmt: skip
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    "proj": "visual_projection",
+}
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -323,20 +341,32 @@ def bench_step(
         q = statistics.quantiles(seconds, n=5, method="inclusive")
         middle = statistics.median(seconds)
         rows.append(
-            Row(form, precision, *passes[form], q[0] * 1e3, middle * 1e3, q[3] * 1e3,
+            Row(
+                form,
+                precision,
+                *passes[form],
+                q[0] * 1e3,
+                middle * 1e3,
+                q[3] * 1e3,
                 statistics.median(times["PEFT", precision]) / middle,
-                statistics.median(times["PEFT", precisions[0]]) / middle, errors[form, precision])
-        )  # fmt: skip
+                statistics.median(times["PEFT", precisions[0]]) / middle,
+                errors[form, precision],
+            )
+        )
     return {
-        "what": f"one FEDDLP step of {clients} client{'s' if clients > 1 else ''}, {model}, image encoder, batch {batch}, random weights",
+        "what": f"one FEDDLP step, {model}, image encoder, {clients} × {batch} images, random weights",
+        "clients": clients,
+        "batch_size": batch,
         "rows": [vars(row) for row in rows],
         "repeats": repeats,
         **machine(device),
         "versions": {
-            "torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-    }  # fmt: skip
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -351,7 +381,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         )
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
     return {"device": name, "threads": torch.get_num_threads(), "commit": commit or "unknown"}
 
 

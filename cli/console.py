@@ -58,9 +58,11 @@ def watching(quiet: bool) -> Iterator[Listener]:
 
             def started(run: Path, federation: Federation, zero_shot: float, finished: int) -> None:
                 config = federation.config
-                err.print(f"[bold]{config.method}[/] on {escape(federation.pixels.name)}, {config.encoder} encoder of "
-                          f"{escape(config.model)}, {federation.partition.clients} clients → {escape(str(run))}",
-                          highlight=False)  # fmt: skip
+                err.print(
+                    f"[bold]{config.method}[/] on {escape(federation.pixels.name)}, {config.encoder} encoder of "
+                    f"{escape(config.model)}, {federation.partition.clients} clients → {escape(str(run))}",
+                    highlight=False,
+                )
                 for notice in notices(federation):
                     err.print(f"[yellow]{escape(notice)}[/]", highlight=False)
                 progress.reset(bar, total=config.rounds, completed=finished, description=f"zero-shot {zero_shot:.3f}")
@@ -94,14 +96,20 @@ def print_summary(summary: dict[str, Any], run: str | Path) -> None:
     for name, value in (
         ("accuracy, last round", f"{summary['accuracy_last']:.4f}   (zero-shot {summary['zero_shot']:.4f})"),
         ("best round on test", f"{summary['accuracy_best_test']:.4f}   (round {summary['round_best_test']})"),
-        ("clients", f"mean {summary['accuracy_mean_clients']:.4f}, std {summary['clients_std']:.4f}, "
-                    f"lowest {summary['clients_lowest']:.4f}"),
-        ("exchanged", f"{summary['uploaded_parameters']:,} parameters, {summary['uploaded_bytes_per_client_round']:,} "
-                      "bytes each way per client and round"),
+        (
+            "clients",
+            f"mean {summary['accuracy_mean_clients']:.4f}, std {summary['clients_std']:.4f}, "
+            f"lowest {summary['clients_lowest']:.4f}",
+        ),
+        (
+            "exchanged",
+            f"{summary['uploaded_parameters']:,} parameters, {summary['uploaded_bytes_per_client_round']:,} "
+            "bytes each way per client and round",
+        ),
         ("gates at zero", f"{summary['gates_zero_share']:.1%}"),
         ("time", f"{summary['seconds_total']:.1f} s, {summary['seconds_preparation']:.1f} s of it preparation"),
         ("run folder", str(run)),
-    ):  # fmt: skip
+    ):
         figures.add_row(f"[bold]{name}[/]", escape(value))
     out.print(figures, highlight=False)
 

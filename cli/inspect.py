@@ -37,7 +37,8 @@ def count(config: TrainConfig) -> dict[str, Any]:
         "encoder": config.encoder,
         "adapted_linears": sum(len(site.parts) for site in sites),
         "branches": {
-            name: {"rank": b.rank, "gated": b.gated, "exchanged": name in method.shared} for name, b in bank.branches.items()
+            name: {"rank": b.rank, "gated": b.gated, "exchanged": name in method.shared}
+            for name, b in bank.branches.items()
         },
         "trainable_parameters": sum(t.numel() for t in client_tensors(bank, 0).values()),
         "uploaded_parameters": sum(t.numel() for t in shared.values()),
@@ -45,13 +46,17 @@ def count(config: TrainConfig) -> dict[str, Any]:
         "downloaded_bytes_per_client_round": message,
         "bytes_per_round_per_client": 2 * message,
         "parameter_bytes_per_round_per_client": 2 * 4 * sum(t.numel() for t in shared.values()),
-    }  # fmt: skip
+    }
 
 
 def count_table(facts: dict[str, Any]) -> Table:
     """The counts, a line each."""
-    table = Table(title=f"{facts['method']} on the {facts['encoder']} tower of {facts['model']}", title_justify="left",
-                  title_style="bold", show_header=False)  # fmt: skip
+    table = Table(
+        title=f"{facts['method']} on the {facts['encoder']} tower of {facts['model']}",
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+    )
     for name, branch in facts["branches"].items():
         kind = ", gated" if branch["gated"] else ""
         table.add_row(
@@ -75,9 +80,16 @@ def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, con
     source = load_source(config.dataset, config.data_dir, config.download)
     if config.partition in SCHEMES:
         partition = make_partition(
-            source.labels, config.clients, config.partition, config.beta, config.classes_per_client,
-            config.partition_seed, config.test_fraction, config.empty_clients, source.name,
-        )  # fmt: skip
+            source.labels,
+            config.clients,
+            config.partition,
+            config.beta,
+            config.classes_per_client,
+            config.partition_seed,
+            config.test_fraction,
+            config.empty_clients,
+            source.name,
+        )
     elif Path(config.partition).is_file():
         partition = load_partition(config.partition, source.ids, source.name)
     else:

@@ -102,8 +102,10 @@ def evaluate(
         print(json.dumps(scores, indent=1))
         return
     console.out.print(console.client_table(scores["per_client"], f"{run}"))
-    console.out.print(f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
-                      f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}")  # fmt: skip
+    console.out.print(
+        f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
+        f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}"
+    )
 
 
 @app.command()
@@ -164,10 +166,17 @@ def show(
     from fastdlp.cli import console, inspect
 
     config = TrainConfig(
-        dataset=dataset, data_dir=data_dir, download=download, partition=partition, clients=clients, beta=beta,
-        classes_per_client=classes_per_client, partition_seed=partition_seed, test_fraction=test_fraction,
+        dataset=dataset,
+        data_dir=data_dir,
+        download=download,
+        partition=partition,
+        clients=clients,
+        beta=beta,
+        classes_per_client=classes_per_client,
+        partition_seed=partition_seed,
+        test_fraction=test_fraction,
         empty_clients=empty_clients,  # type: ignore[arg-type]
-    ).resolved()  # fmt: skip
+    ).resolved()
     inspect.show_partition(config, picture, as_json, console.out)
 
 

@@ -141,8 +141,10 @@ def _model_config(model: str) -> dict[str, Any]:
     else:
         config = open_clip.get_model_config(model)
     if config is None:
-        raise FastdlpError(f"unknown model {model!r}: try {EMBEDDED_MODEL}, ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14 "
-                           "(fastdlp info --models lists all)")  # fmt: skip
+        raise FastdlpError(
+            f"unknown model {model!r}: try {EMBEDDED_MODEL}, ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14 "
+            "(fastdlp info --models lists all)"
+        )
     if why := _why_not(config):
         raise FastdlpError(f"model {model!r} has {why}: {SUPPORTED}")
     return config
@@ -189,8 +191,10 @@ def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any,
         tags = open_clip.list_pretrained_tags_by_model(model)
         weights = pretrained or ("openai" if "openai" in tags else None)
         if weights is None:
-            raise FastdlpError(f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
-                               "a checkpoint file, or none for random weights")  # fmt: skip
+            raise FastdlpError(
+                f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
+                "a checkpoint file, or none for random weights"
+            )
         if weights in tags:
             options["force_quick_gelu"] = _activation_of_tag(model, weights, config, get_pretrained_cfg(model, weights))
         elif weights != "none":
@@ -214,16 +218,19 @@ def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config:
     """Whether to force QuickGELU. open_clip only warns when a tag's activation is not the model's."""
     trained, built = bool(tag_config.get("quick_gelu")), bool(config.get("quick_gelu"))
     if built and not trained:
-        raise FastdlpError(f"weights {tag!r} were trained with GELU, {model} has QuickGELU: use --model "
-                           f"{model.removesuffix('-quickgelu')}")  # fmt: skip
+        raise FastdlpError(
+            f"weights {tag!r} were trained with GELU, {model} has QuickGELU: use --model "
+            f"{model.removesuffix('-quickgelu')}"
+        )
     return trained
 
 
 def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
     if not Path(path).is_file():
         names = ", ".join(tags) or "it has none"
-        raise FastdlpError(f"--pretrained {path!r} is neither a file nor a tag of {model} ({names}) "
-                           "or none for random weights")  # fmt: skip
+        raise FastdlpError(
+            f"--pretrained {path!r} is neither a file nor a tag of {model} ({names}) or none for random weights"
+        )
     if Path(path).suffix not in CHECKPOINT_SUFFIXES:
         raise FastdlpError(f"--pretrained {path}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
 

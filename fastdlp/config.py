@@ -149,8 +149,17 @@ class TrainConfig:
             choices = _choices(hints[field.name])
             if choices and value is not None and value not in choices:
                 raise FastdlpError(f"unknown {_flag(field.name)} {value!r}: choose from {', '.join(choices)}")
-        for name in ("clients", "rounds", "local_epochs", "batch_size", "rank_local", "rank_global", "micro_batch",
-                     "checkpoint_every", "classes_per_client"):  # fmt: skip
+        for name in (
+            "clients",
+            "rounds",
+            "local_epochs",
+            "batch_size",
+            "rank_local",
+            "rank_global",
+            "micro_batch",
+            "checkpoint_every",
+            "classes_per_client",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise FastdlpError(f"{_flag(name)} is {value}: it must be at least 1")
@@ -205,9 +214,9 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
-def _absolute_paths(config: TrainConfig) -> dict[str, str]:
+def _absolute_paths(config: TrainConfig) -> dict[str, Any]:
     """The options that are paths, whole, so that a run can be continued from another folder."""
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for name, prefix in (("dataset", "folder:"), ("model", "local-dir:")):
         value = getattr(config, name)
         if value.startswith(prefix) and value != prefix:

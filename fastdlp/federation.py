@@ -157,8 +157,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise FastdlpError(f"unknown --device {name!r}: choose from auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastdlpError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-                           "use --device cpu")  # fmt: skip
+        raise FastdlpError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+        )
     return device
 
 
@@ -194,8 +195,10 @@ def read_partition(config: TrainConfig, pixels: Pixels, file: Path | None = None
 
 def _check_partition(partition: Partition, empty_clients: str) -> None:
     if partition.empty and empty_clients != "keep":  # a file's partition cannot be drawn again
-        raise FastdlpError(f"clients {', '.join(map(str, partition.empty))} have no training sample: take another or "
-                           "--empty-clients keep")  # fmt: skip
+        raise FastdlpError(
+            f"clients {', '.join(map(str, partition.empty))} have no training sample: take another or "
+            "--empty-clients keep"
+        )
     if not any(len(train) for train in partition.train):
         raise FastdlpError("no client of this partition has a training sample")
     if not any(len(test) for test in partition.test):

@@ -241,18 +241,20 @@ def _round_line(
     per_client = []
     for slot, entry in enumerate(engine.slots):
         takes_part = len(entry.train) + len(entry.test) > 0
-        per_client.append({
-            "client": entry.client,
-            "correct": int(correct[slot]),
-            "n": int(total[slot]),
-            "accuracy": _ratio(correct[slot], total[slot]),
-            "losses": {name: _number(means[slot]) for name, means in losses.means.items()},
-            "steps": int(losses.steps[slot]),
-            "gates_zero": int(zero[slot]),
-            "gates": gates,
-            "bytes_sent": message if len(entry.train) else 0,
-            "bytes_received": message if takes_part else 0,
-        })  # fmt: skip
+        per_client.append(
+            {
+                "client": entry.client,
+                "correct": int(correct[slot]),
+                "n": int(total[slot]),
+                "accuracy": _ratio(correct[slot], total[slot]),
+                "losses": {name: _number(means[slot]) for name, means in losses.means.items()},
+                "steps": int(losses.steps[slot]),
+                "gates_zero": int(zero[slot]),
+                "gates": gates,
+                "bytes_sent": message if len(entry.train) else 0,
+                "bytes_received": message if takes_part else 0,
+            }
+        )
     sizes = np.array([len(entry.train) for entry in engine.slots])
     return {
         "round": number,
