@@ -33,12 +33,12 @@ def demonstrate(
                     with tempfile.TemporaryDirectory() as folder:
                         config = TrainConfig(
                             method=method,
-                            encoder=encoder,
+                            encoder=encoder,  # type: ignore[arg-type]
                             beta=beta,
                             seed=seed,
                             rounds=rounds,
                             out=str(Path(folder) / "run"),
-                        )  # type: ignore[arg-type]
+                        )
                         runs.append(train(config, listener=Listener()))
                 rows.append(
                     {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from fastdlp.cli.options import config_options
 
+from fastdlp.cli.options import config_options
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 
@@ -63,9 +63,8 @@ def train(
         TrainConfig(**given).resolved()  # a wrong option is told before torch is loaded
     elif "out" in given:
         raise FastdlpError("--resume writes to the folder of its run: leave out --out")
-    from fastdlp.cli import console
-
     from fastdlp import training
+    from fastdlp.cli import console
 
     try:
         with console.watching(quiet or as_json) as listener:
@@ -92,9 +91,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Load the saved adapters of a run and score every client on its own test samples."""
-    from fastdlp.cli import console
-
     from fastdlp import training
+    from fastdlp.cli import console
 
     with console.watching(quiet=True) as listener:
         scores = training.evaluate(run, listener, device)
@@ -130,9 +128,9 @@ def info(
     config = TrainConfig(
         model=model,
         method=method,
-        encoder=encoder,
+        encoder=encoder,  # type: ignore[arg-type]
         rank_local=rank_local,
-        rank_global=rank_global,  # type: ignore[arg-type]
+        rank_global=rank_global,
     ).resolved()
     facts = inspect.count(config)
     if as_json:
@@ -200,7 +198,6 @@ def step(
     from fastdlp.bench.report import print_step
     from fastdlp.bench.step import bench_step
     from fastdlp.cli import console
-
     from fastdlp.federation import DTYPES, pick_device
     from fastdlp.files import write_atomic
 
@@ -223,10 +220,10 @@ def demonstration(
 ) -> None:
     """Every method on the embedded digits, both encoders, β 0.1 and 0.01, three seeds, as a Markdown table."""
     import torch
+
     from fastdlp.bench.demonstration import demonstrate, markdown
     from fastdlp.bench.step import machine
     from fastdlp.cli import console
-
     from fastdlp.files import write_atomic
 
     with console.err.status("preparing") as status:

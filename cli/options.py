@@ -75,9 +75,10 @@ HELP: dict[str, tuple[str, str]] = {
 def config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a Typer command an option for every field of `TrainConfig`; it gets the given ones as a dict, first."""
     hints = get_type_hints(TrainConfig)
-    parameters, annotations = [], {}
+    parameters: list[inspect.Parameter] = []
+    annotations: dict[str, Any] = {}
     for name, (panel, text) in HELP.items():
-        kind = Annotated[_plain(hints[name]) | None, _option(name, text, panel)]
+        kind: Any = Annotated[_plain(hints[name]) | None, _option(name, text, panel)]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
         annotations[name] = kind
 

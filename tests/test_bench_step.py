@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastdlp.bench import step
 
+from fastdlp.bench import step
+from fastdlp.bench.peft_baseline import PeftStep
 from fastdlp.errors import FastdlpError
 from tests.models import tiny_clip
 
@@ -30,7 +31,9 @@ def test_rows_are_checked_and_measured(model: str) -> None:
 
 
 def test_a_form_with_other_losses_gets_no_row(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = step.PeftStep._logits
-    monkeypatch.setattr(step.PeftStep, "_logits", lambda self, adapter: plain(self, adapter) * (1.0 + 0.01 * (adapter == "local")))
+    plain = PeftStep._logits
+    monkeypatch.setattr(
+        PeftStep, "_logits", lambda self, adapter: plain(self, adapter) * (1.0 + 0.01 * (adapter == "local"))
+    )
     with pytest.raises(FastdlpError, match="does not compute the losses of PEFT"):
         step.bench_step(model, 4, ["fp32"], 2, torch.device("cpu"), lambda text: None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fastdlp.cli.options import HELP
 
+from fastdlp.cli.options import HELP
 from fastdlp.config import PROTOCOLS, TrainConfig, differences
 from fastdlp.errors import FastdlpError
 

@@ -24,9 +24,13 @@ def test_operator(groups: RowGroups, dtype: torch.dtype) -> None:
     slots, parts, rank, width, out = len(groups.sizes), 3, 6, 100, 96
     adapters = torch.float64 if dtype == torch.float64 else torch.float32
     shapes = {
-        "x": (groups.rows, width), "weight": (parts * out, width), "bias": (parts * out,), "A": (slots, parts, rank, width),
-        "B": (slots, parts, out, rank), "c": (slots, groups.views, parts, rank),
-    }  # fmt: skip
+        "x": (groups.rows, width),
+        "weight": (parts * out, width),
+        "bias": (parts * out,),
+        "A": (slots, parts, rank, width),
+        "B": (slots, parts, out, rank),
+        "c": (slots, groups.views, parts, rank),
+    }
     exact = {
         n: torch.randn(s, generator=g, dtype=torch.float64).to(adapters if n in "ABc" else dtype).double()
         for n, s in shapes.items()
