@@ -208,7 +208,7 @@ def reference_threshold(v: Tensor, xi: float) -> Tensor:
     return v
 
 
-# -- clients and server ---------------------------------------------------------------------------------------
+# -- clients and server -------------------------------------------------------------------------------------
 
 
 class Client:
@@ -226,15 +226,12 @@ class Client:
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay)
 
 
+# method → its adapters, and the one that clients are scored with; "global" is the one that is exchanged
+METHODS = {"feddlp": (("local", "global"), "local"), "local": (("local",), "local"), "flora": (("global",), "global")}
+
+
 class Federation:
     """All clients and the server of one run. Tests break it on purpose by overriding its methods."""
-
-    # method → its adapters, and the one that clients are scored with; "global" is the one that is exchanged
-    METHODS = {
-        "feddlp": (("local", "global"), "local"),
-        "local": (("local",), "local"),
-        "flora": (("global",), "global"),
-    }
 
     def __init__(
         self,
@@ -249,7 +246,7 @@ class Federation:
     ) -> None:
         """`images` [n, 3, H, W] and `labels` [n] hold all samples; `clients` the training and test indices of each."""
         self.settings, self.images, self.labels = settings, images, labels
-        self.branches, self.scored = self.METHODS[settings.method]
+        self.branches, self.scored = METHODS[settings.method]
         caption = template if settings.caption == "dataset" else PLAIN_CAPTION
         self.train_prompts = tokenize([caption.replace("{}", name) for name in class_names])
         self.test_prompts = tokenize([template.replace("{}", name) for name in class_names])
@@ -376,7 +373,7 @@ class Federation:
         for name, target in self.server.tensors().items():
             target.zero_()
             for client, size in zip(self.clients, sizes):
-                target += size / sum(sizes) * client.models["global"].tensors()[name]
+                target.add_(size / sum(sizes) * client.models["global"].tensors()[name])
         for client in self.clients:
             for name, tensor in client.models["global"].tensors().items():
                 tensor.copy_(self.server.tensors()[name])
