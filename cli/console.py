@@ -50,7 +50,7 @@ def watching(quiet: bool) -> Iterator[Listener]:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=err, transient=True) as progress:
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             bar = progress.add_task("preparing", total=None)
 
             def preparing(text: str) -> None:
@@ -62,9 +62,10 @@ def watching(quiet: bool) -> Iterator[Listener]:
                     f"[bold]{config.method}[/] on {escape(federation.pixels.name)}, {config.encoder} encoder of "
                     f"{escape(config.model)}, {federation.partition.clients} clients → {escape(str(run))}",
                     highlight=False,
+                    soft_wrap=True,
                 )
                 for notice in notices(federation):
-                    err.print(f"[yellow]{escape(notice)}[/]", highlight=False)
+                    err.print(f"[yellow]{escape(notice)}[/]", highlight=False, soft_wrap=True)
                 progress.reset(bar, total=config.rounds, completed=finished, description=f"zero-shot {zero_shot:.3f}")
 
             def finished_round(line: dict[str, Any]) -> None:
@@ -108,10 +109,10 @@ def print_summary(summary: dict[str, Any], run: str | Path) -> None:
         ),
         ("gates at zero", f"{summary['gates_zero_share']:.1%}"),
         ("time", f"{summary['seconds_total']:.1f} s, {summary['seconds_preparation']:.1f} s of it preparation"),
-        ("run folder", str(run)),
     ):
         figures.add_row(f"[bold]{name}[/]", escape(value))
     out.print(figures, highlight=False)
+    out.print(f"[bold]run folder[/]            {escape(str(run))}", highlight=False, soft_wrap=True)
 
 
 def client_table(clients: list[dict[str, Any]], title: str) -> Table:

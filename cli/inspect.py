@@ -28,7 +28,12 @@ def count(config: TrainConfig) -> dict[str, Any]:
     method = make_method(config)
     image, text = describe(config.model)
     sites = tower_sites(image if config.encoder == "image" else text)
-    bank = AdapterBank(sites, method.branches(), slots=1)
+    try:
+        bank = AdapterBank(sites, method.branches(), slots=1)
+    except RuntimeError:  # torch's for memory that it does not get
+        raise FastdlpError(
+            "these adapters do not fit the memory: use a smaller --rank-local and --rank-global"
+        ) from None
     shared = shared_tensors(bank, {name: bank.state[name].weights for name in method.shared})
     message = len(pack(shared))
     return {

@@ -74,12 +74,12 @@ def train(
             else:
                 summary = training.train(TrainConfig(**given), overwrite, listener)
     except training.Stopped as stopped:
-        console.err.print(str(stopped), style="yellow", highlight=False)
+        console.err.print(str(stopped), style="yellow", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(summary, indent=1))
     elif not quiet:
-        console.print_summary(summary, summary["config"]["out"])
+        console.print_summary(summary, resume or summary["config"]["out"])
 
 
 @app.command()
@@ -94,8 +94,7 @@ def evaluate(
     from fastdlp import training
     from fastdlp.cli import console
 
-    with console.watching(quiet=True) as listener:
-        scores = training.evaluate(run, listener, device)
+    scores = training.evaluate(run, device=device)
     if as_json:
         print(json.dumps(scores, indent=1))
         return
@@ -246,7 +245,7 @@ def main() -> None:
         # Wrong usage is an exception of click, which Typer vendors or imports depending on its version.
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} (see --help)")
+        _fail(f"{error.format_message() or 'name a command'} (see --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

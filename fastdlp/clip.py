@@ -12,15 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdlp.config import EMBEDDED_MODEL
@@ -129,13 +133,17 @@ def _model_config(model: str) -> dict[str, Any]:
         path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
         try:
             config = json.loads(path.read_text())["model_cfg"]
+            if not all(isinstance(config[name], dict) for name in ("vision_cfg", "text_cfg")):
+                raise TypeError("vision_cfg and text_cfg must be objects")
+            config["embed_dim"]  # describe needs it
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FastdlpError(f"--model {model}: {path} is not an open_clip configuration ({error})") from None
+            raise FastdlpError(f"--model {model}: {path} is not an open_clip configuration ({error!r})") from None
     elif model.startswith("hf-hub:"):
         from open_clip.factory import _get_hf_config
 
         try:
-            config = _get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"]
+            with _hub():
+                config = _get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"]
         except Exception as error:  # the hub client raises a zoo of types; each means "not to be had"
             raise FastdlpError(f"--model {model} cannot be fetched (offline?): {_first_line(error)}") from None
     else:
@@ -202,7 +210,8 @@ def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any,
     if weights == "none":
         weights = None
         options |= {"load_weights": False}
-    with torch.random.fork_rng(devices=[]), _quiet():
+    remote = model.startswith("hf-hub:") or bool(weights and not Path(weights).is_file())
+    with torch.random.fork_rng(devices=[]), _quiet(), _hub() if remote else nullcontext():
         torch.manual_seed(seed)
         try:
             net = open_clip.create_model(
@@ -251,11 +260,12 @@ def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, An
             _check_file(EMBEDDED_MODEL, pretrained, [])
         path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
         try:
-            state = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            with _quiet():
+                state = (
+                    load_file(path)
+                    if path.suffix == ".safetensors"
+                    else torch.load(path, map_location="cpu", weights_only=True)
+                )
             net.load_state_dict(state)
         except Exception as error:  # safetensors and torch have no common base for "not a checkpoint of this model"
             raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
@@ -272,6 +282,8 @@ def _asset(name: str) -> Path:
 
 def _load_failure(error: Exception) -> str:
     text = str(error)
+    if isinstance(error, SafetensorError):
+        return f"the file is damaged or not a safetensors file ({_first_line(error)})"
     if isinstance(error, RuntimeError) and (
         "size mismatch" in text or "Missing key" in text or "Unexpected key" in text
     ):
@@ -299,6 +311,23 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the hub cannot be reached, its client tries for a minute; told so, it looks into its cache at once."""
+    from huggingface_hub import constants
+
+    before, url = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT)
+    if not getproxies():  # a proxy may reach what we cannot
+        try:
+            socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), 5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 # -- from modules to plain tensors --------------------------------------------------------------------------

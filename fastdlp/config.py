@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from fastdlp.errors import FastdlpError
@@ -50,6 +50,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 # The embedded model and digits are a demonstration: a budget that ends within two minutes on two cores.
 DEMONSTRATION: dict[str, Any] = {"rounds": 20, "lr": 1e-3}
 PAPER_LR = 1e-5
+_MOST = 3e38  # what fp32 holds, nearly
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices = _choices(hints[field.name])
+            if not _fits(value, hints[field.name]):
+                raise FastdlpError(f"{_flag(field.name)} is {value!r}, which is no value for it")
             if choices and value is not None and value not in choices:
                 raise FastdlpError(f"unknown {_flag(field.name)} {value!r}: choose from {', '.join(choices)}")
         for name in (
@@ -165,15 +168,15 @@ class TrainConfig:
                 raise FastdlpError(f"{_flag(name)} is {value}: it must be at least 1")
         for name in ("beta", "lr", "lora_alpha", "kd_temperature"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value is not None and not 0 < value < _MOST:
                 raise FastdlpError(f"{_flag(name)} is {value}: it must be a finite number greater than 0")
         for name in ("gate_lr", "xi", "alpha", "clip_norm", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
+            if value is not None and not 0 <= value < _MOST:
                 raise FastdlpError(f"{_flag(name)} is {value}: it must be a finite number, 0 or greater")
         for name in ("seed", "partition_seed"):
-            if getattr(self, name) < 0:
-                raise FastdlpError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or greater")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise FastdlpError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or greater, below 2^63")
         if not 0 < self.test_fraction < 1:
             raise FastdlpError(f"--test-fraction is {self.test_fraction}: it must lie between 0 and 1")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
@@ -230,6 +233,16 @@ def _absolute_paths(config: TrainConfig) -> dict[str, Any]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type. An integer passes for a float, a path for a string."""
+    kinds = get_args(hint) or (hint,)
+    if value is None:
+        return type(None) in kinds
+    kind = next((kind for kind in (bool, int, float) if kind in kinds), str)
+    wider: dict[type, tuple[type, ...]] = {float: (int, float), str: (str, Path)}
+    return isinstance(value, wider.get(kind, (kind,))) and isinstance(value, bool) == (kind is bool)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

@@ -115,7 +115,13 @@ def prepare(
     if config.micro_batch is None:
         config = replace(config, micro_batch=_micro_batch(clip.tower(config.encoder), tokens, dtype, device, rows))
 
-    bank = AdapterBank(sites, method.branches(), partition.clients, device)
+    try:
+        bank = AdapterBank(sites, method.branches(), partition.clients, device)
+    except RuntimeError:  # torch's for memory that it does not get
+        raise FastdlpError(
+            f"the adapters of {partition.clients} clients do not fit the memory: use a smaller "
+            "--rank-local and --rank-global, or fewer --clients"
+        ) from None
     bank.initialise(config.init, {name: init_words(config.seed, name, partition.clients) for name in bank.branches})
     slots = [
         Slot(train, test, federation=0, client=client, seed=config.seed)

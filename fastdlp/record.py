@@ -49,8 +49,14 @@ class RunFolder:
         Raises:
             FastdlpError: the folder holds a run and `overwrite` is off, or holds something else.
         """
-        if path.is_dir() and not any(path.iterdir()):
-            return
+        try:
+            here = Path.cwd()
+            if Path(os.path.realpath(path)) in (here, *here.parents):
+                raise FastdlpError(f"{path} is or holds the working directory: name another --out")
+            if path.is_dir() and not any(path.iterdir()):
+                return
+        except OSError as error:
+            raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
         if (path / CONFIG).is_file():
             if not overwrite:
                 raise FastdlpError(f"{path} holds a run: go on with --resume {path}, or replace it with --overwrite")
@@ -65,6 +71,7 @@ class RunFolder:
             FastdlpError: as `check_free`, or the disk refuses.
         """
         RunFolder.check_free(path, overwrite)
+        named, path = path, Path(os.path.realpath(path))  # a link stays a link
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -72,25 +79,36 @@ class RunFolder:
             raise FastdlpError(
                 f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
             ) from None
+        old = fresh.with_name(fresh.name + ".old")
         try:
             fresh.chmod(0o777 & ~_umask())
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
             if path.exists():
-                shutil.rmtree(path)
-            os.replace(fresh, path)
+                os.replace(path, old)  # a folder does not take the place of a full one
+            try:
+                os.replace(fresh, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
         except OSError as error:
-            raise FastdlpError(f"cannot write {path}: {error.strerror or error}") from None
+            raise FastdlpError(f"cannot write {named}: {error.strerror or error}") from None
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        return RunFolder(path)
+        shutil.rmtree(old, ignore_errors=True)
+        return RunFolder(named)
 
     def config(self) -> TrainConfig:
         """The resolved config of the run."""
         try:
-            return TrainConfig.from_json((self.path / CONFIG).read_text())
+            config = TrainConfig.from_json((self.path / CONFIG).read_text(errors="replace"))
+            config.check()
+            return config
         except FastdlpError as error:
             raise FastdlpError(f"{self.path / CONFIG}: {error}") from None
+        except OSError as error:
+            raise FastdlpError(f"cannot read {self.path / CONFIG}: {error.strerror or error}") from None
 
     def change_config(self, config: TrainConfig) -> None:
         """Replace the config of a run that is made longer; its summary no longer holds."""
@@ -100,7 +118,17 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary, or None while the run has not ended."""
         path = self.path / SUMMARY
-        return read_json(path, "summary") if path.exists() else None
+        if not path.exists():
+            return None
+        summary = read_json(path, "summary")
+        if not isinstance(summary, dict) or "rounds" not in summary:
+            raise FastdlpError(f"{path} is not a summary: remove it and go on with --resume {self.path}")
+        return summary
+
+    def started(self) -> bool:
+        """Whether a round is recorded."""
+        path = self.path / METRICS
+        return path.exists() and path.stat().st_size > 0
 
     def append_round(self, line: dict[str, Any]) -> None:
         """Add a round to metrics.jsonl. Raises FastdlpError where the disk refuses."""
@@ -118,36 +146,42 @@ class RunFolder:
         Raises:
             FastdlpError: a line is missing.
         """
-        lines = cut_lines(self.path / METRICS, lambda line: line["round"] <= upto)
-        if [line["round"] for line in lines] != list(range(1, upto + 1)):
-            raise FastdlpError(
-                f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite"
-            )
-        return lines
+
+        def complete(lines: list[dict[str, Any]]) -> None:
+            if [line["round"] for line in lines] != list(range(1, upto + 1)):
+                raise FastdlpError(
+                    f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite"
+                )
+
+        return cut_lines(self.path / METRICS, upto, complete)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Read a .jsonl file up to its first line that is torn or not kept, and cut the file there."""
+def cut_lines(
+    path: Path, upto: int, check: Callable[[list[dict[str, Any]]], None] = lambda lines: None
+) -> list[dict[str, Any]]:
+    """Read a .jsonl file up to its first line that is torn or of a later round, and cut the file there.
+
+    `check` sees the lines first: what it raises leaves the file as it is.
+    """
     lines: list[dict[str, Any]] = []
-    if not path.exists():
-        return lines
-    text = path.read_text()
-    kept = ""
-    for raw in text.splitlines(keepends=True):
+    data = path.read_bytes() if path.exists() else b""
+    kept = 0
+    for raw in data.splitlines(keepends=True):
         try:
             line = json.loads(raw)
-        except ValueError:
-            break
-        if not raw.endswith("\n") or not keep(line):
+            if not raw.endswith(b"\n") or not line["round"] <= upto:
+                break
+        except (ValueError, TypeError, KeyError):
             break
         lines.append(line)
-        kept += raw
-    if kept != text:
-        write_atomic(path, kept)
+        kept += len(raw)
+    check(lines)
+    if kept < len(data):
+        write_atomic(path, data[:kept])
     return lines
 
 

@@ -35,7 +35,7 @@ class Trace:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
-        cut_lines(self.path / "batches.jsonl", lambda line: line["round"] <= finished)
+        cut_lines(self.path / "batches.jsonl", finished)
         self._lines: list[str] = []
         self._clients: dict[str, Tensor] = {}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import fastdlp
 from fastdlp.bank import AdapterBank, spans
@@ -105,8 +106,11 @@ def resume(
     begun = time.perf_counter()
     folder = RunFolder(Path(run))
     config = replace(folder.config(), out=str(run))
-    if given and (other := differences(config, replace(config, **given).resolved())):
-        raise FastdlpError(f"{run} was started with {', '.join(other)}: resume without it, or start a new run")
+    if given:
+        asked = replace(config, **given).resolved()
+        if other := differences(config, asked):
+            raise FastdlpError(f"{run} was started with {', '.join(other)}: resume without it, or start a new run")
+        config = asked  # what is left decides no number: it may change
     longer = rounds is not None and rounds != config.rounds
     if longer:
         config = replace(config, rounds=rounds)
@@ -120,11 +124,13 @@ def resume(
     if (folder.path / CHECKPOINT).exists():
         finished = load_checkpoint(folder.path / CHECKPOINT, federation.engine.bank, _identity(federation))
         federation.engine.restore_server()
+    elif folder.started():
+        raise FastdlpError(f"{folder.path / CHECKPOINT} is missing: put it back, or start again with --overwrite")
     if finished > (config.rounds or 0):
         raise FastdlpError(
             f"{run} has finished {finished} rounds already: --rounds {config.rounds} cannot take them back"
         )
-    if longer:
+    if longer or given:
         folder.change_config(config)
     if config.trace:
         trace = Trace(folder.path, finished)
@@ -204,6 +210,11 @@ def _rounds(
             slot, step, name = losses.not_finite
             raise FastdlpError(
                 f"the loss {name} of client {slot} is not finite in round {number}, step {step}: lower --lr; "
+                f"{run.path} keeps its last good checkpoint"
+            )
+        if bad := _not_finite(engine.bank):
+            raise FastdlpError(
+                f"the adapters of client {bad[0]} are not finite after round {number}: lower --lr; "
                 f"{run.path} keeps its last good checkpoint"
             )
         for trace in traced:
@@ -362,6 +373,12 @@ def _gates(bank: AdapterBank) -> tuple[np.ndarray, int, dict[str, float]]:
     return zero, count, by_part
 
 
+def _not_finite(bank: AdapterBank) -> list[int]:
+    """The slots whose adapters hold a value that is not finite; the loss tells of it a step later, or never."""
+    fine = [tensor.isfinite().all(1) for state in bank.state.values() for tensor in (state.weights, state.gates)]
+    return (~torch.stack(fine).all(0)).nonzero().flatten().tolist()
+
+
 def _save_adapters(folder: Path, federation: Federation) -> None:
     """Every client's adapters and the server's, with what is needed to use them in the metadata."""
     engine, config = federation.engine, federation.config
@@ -399,7 +416,11 @@ def _named(config: TrainConfig) -> Path:
     data = config.dataset.rstrip("/").rpartition("/")[2].replace(":", "-")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{data}-{config.method}-{config.encoder}-beta{config.beta:g}-seed{config.seed}-{stamp}"
-    return Path("runs") / name
+    path, number = Path("runs") / name, 1
+    while path.exists():  # another run of this second
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
 
 
 def _ratio(part: Any, whole: Any) -> float | None:

@@ -119,6 +119,7 @@ OPTIONS = {
     "--rounds 0": ["--rounds is 0", "at least 1"],
     "--rounds 1.5": ["--rounds", "integer"],
     "--lr 0": ["--lr is 0.0", "greater than 0"],
+    "--lr 1e39": ["--lr is 1e+39"],
     "--lr nan": ["--lr is nan", "finite"],
     "--gate-lr nan": ["--gate-lr is nan", "finite"],
     "--xi -1": ["--xi is -1.0", "0 or greater"],
@@ -182,8 +183,7 @@ def test_bad_images_can_be_skipped(place: Path, cli: Any) -> None:
     options = "--dataset folder:broken --bad-images skip --clients 2 --partition iid --rounds 1 --batch-size 4"
     code, _, err = cli("train", *options.split(), "--out", "run")
     assert code == 0
-    assert "1 images cannot be read and were skipped: cat/3.png (not an image file)" in err.replace(": not", " (not") \
-        or "cat/3.png" in err  # fmt: skip
+    assert "1 images cannot be read and were skipped: cat/3.png: not an image file" in err
     summary = json.loads((place / "run/summary.json").read_text())
     assert summary["bad_images"] == ["cat/3.png: not an image file"]
     assert "cat/3.png" not in (place / "run/partition.json").read_text()
@@ -213,7 +213,7 @@ def test_weights(model: str, weights: str, place: Path, refused: Refused, monkey
         small["vision_cfg"] |= {"width": 64, "layers": 1}
         small["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
         monkeypatch.setitem(factory._MODEL_CONFIGS, model, small)
-    refused(f"train --out run --model {model} --pretrained {weights}", model, *WEIGHTS[weights])
+    refused(f"train --out run --model {model} --pretrained {weights}", *WEIGHTS[weights])
     assert not (place / "executed").exists()
 
 
@@ -230,9 +230,7 @@ def test_the_bomb_works(place: Path) -> None:
         ("hf-hub:nobody/nothing", ["hf-hub:nobody/nothing", "offline?"]),
     ],
 )
-def test_offline(
-    model: str, words: list[str], refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline(model: str, words: list[str], refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told within seconds, and not after a minute of retries."""
     import huggingface_hub.constants as hub
 
@@ -468,11 +466,13 @@ def test_adapters_of_other_weights_shape_and_names(copies: Path, refused: Refuse
     save_file(tensors, path, about | {"weights": "0" * 64})
     refused("evaluate done", "client-01.safetensors", "other weights than glyph-clip")
     save_file(tensors | {"local/proj/A": torch.zeros(5, 128)}, path, about)
-    refused("evaluate done", "client-01.safetensors", "local/proj/A" if False else "proj/A is (5, 128)")
+    refused("evaluate done", "client-01.safetensors", "proj/A is (5, 128)")
     save_file({n: t for n, t in tensors.items() if n != "local/proj/gate"}, path, about)
     refused("evaluate done", "client-01.safetensors", "another shape", "proj/gate")
     save_file({n: t for n, t in tensors.items() if n.startswith("local/")}, path, about)
-    refused("evaluate done", "client-01.safetensors", "['local']", "['global', 'local']")
+    refused("evaluate done", "client-01.safetensors", "another shape")
+    save_file(tensors | {"third/proj/A": torch.zeros(2, 128)}, path, about)
+    refused("evaluate done", "client-01.safetensors", "['global', 'local', 'third']", "['global', 'local']")
 
 
 # -- losses that are not finite ------------------------------------------------------------------------------
@@ -481,17 +481,20 @@ def test_adapters_of_other_weights_shape_and_names(copies: Path, refused: Refuse
 def test_loss_that_is_not_finite(few: Path, place: Path, refused: Refused, cli: Any) -> None:
     """The checkpoint before it stays, and a resumed run fails in the same words."""
     command = f"train --partition {few} --batch-size 4 --rounds 3 --quiet --lr 1e30 --out run"
-    told = refused(command, "client", "round 1, step 1", "lower --lr", "last good checkpoint", changes=True)
+    told = refused(command, "client", "round 1, step 0", "lower --lr", "last good checkpoint", changes=True)
     tensors, about = load_tensors(place / "run/checkpoint.safetensors")
     assert about["round"] == "0"
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert refused("train --resume run --quiet") == told
+    assert refused("train --resume run --quiet", changes=True) == told
+    again, about_again = load_tensors(place / "run/checkpoint.safetensors")
+    assert about_again == about
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("lr", ["1e39", "1e308"])
-def test_weights_that_are_not_finite(lr: str, few: Path, place: Path, refused: Refused) -> None:
+def test_weights_that_are_not_finite(few: Path, place: Path, refused: Refused) -> None:
     """The only step of a round has a finite loss and ruins the adapters: that round must not be kept."""
-    command = f"train --partition {few} --batch-size 64 --rounds 1 --quiet --lr {lr} --out run"
+    command = f"train --method local --partition {few} --batch-size 64 --rounds 1 --quiet --out run"
+    command += " --lr 1e38 --weight-decay 10"
     refused(command, "client", "round 1", "not finite", "lower --lr", changes=True)
     tensors, about = load_tensors(place / "run/checkpoint.safetensors")
     assert about["round"] == "0"
@@ -543,15 +546,14 @@ def test_disk_full_at_any_write(
         calls = _fail_at(patch, function, 10**9)
         assert cli(*command.split(), "counted")[0] == 0
         shutil.rmtree("counted")
-    number = 1 + part * (len(calls) - 1) // 5
-    print(f"{function} {number} of {len(calls)} fails")
+    most = len(calls) - (function == "fsync")  # the last one makes a finished rename durable, and may fail
+    number = 1 + part * (most - 1) // 5
     with monkeypatch.context() as patch:
         _fail_at(patch, function, number)
         refused(f"{command} run", "No space left on device", changes=True)
-    strays = [p for p in place.rglob(".*")]
-    assert strays == []
+    assert list(place.rglob(".*")) == []
     if not (place / "run").exists():
-        assert part == 0
+        assert number <= 4
         return
     if (place / "run/checkpoint.safetensors").exists():
         load_tensors(place / "run/checkpoint.safetensors")
@@ -571,7 +573,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
-@pytest.mark.parametrize("room", [1, 3000, 5000])
+@pytest.mark.parametrize("room", [1, 1000, 3000])
 def test_a_truly_full_disk(
     room: int, small_disk: Path, runs: Path, few: Path, refused: Refused, cli: Any, same_run: Any
 ) -> None:
@@ -581,7 +583,7 @@ def test_a_truly_full_disk(
     ballast.write_bytes(b"x" * (size * 1024))
     command = f"train --partition {few} --batch-size 4 --rounds 4 --quiet"
     refused(f"{command} --out {run}", "No space left on device", str(small_disk))
-    assert [p for p in small_disk.rglob(".*")] == []
+    assert list(small_disk.rglob(".*")) == []
     ballast.unlink()
     if run.exists():
         command = f"train --quiet --resume {run}"
@@ -591,32 +593,36 @@ def test_a_truly_full_disk(
     same_run(run, runs / "whole")
 
 
+@pytest.mark.parametrize("number", [1, 2])
 def test_overwrite_keeps_the_old_run_until_the_new_one_stands(
-    few: Path, copies: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    number: int, few: Path, copies: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up while the new folder takes the old one's place."""
+    """The disk refuses once while the new folder takes the old one's place."""
     with monkeypatch.context() as patch:
-        real = os.replace
+        real, folders = os.replace, []
 
         def full(source: Any, target: Any) -> None:
-            if Path(source).is_dir():
+            folders.extend([source] if Path(source).is_dir() else [])
+            if Path(source).is_dir() and len(folders) == number:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             real(source, target)
 
         patch.setattr(os, "replace", full)
-        patch.setattr(os, "rename", full)
         refused(f"train --partition {few} --out done --overwrite --quiet", "No space left on device")
 
 
-@pytest.mark.parametrize("where", [".", "link"])
-def test_overwrite_here_and_through_a_link(
-    where: str, few: Path, copies: Path, runs: Path, cli: Any, same_run: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", ["", "--overwrite"])
+def test_the_working_directory_is_no_run_folder(
+    options: str, copies: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if where == "link":
-        (copies / "link").symlink_to("half")
-    else:
-        monkeypatch.chdir(copies / "half")
-    command = f"train --partition {few} --batch-size 4 --rounds 4 --quiet --overwrite --out {where}"
+    """It would be replaced under the feet of the caller, whose shell then stands nowhere."""
+    monkeypatch.chdir(copies / ("half" if options else "empty"))
+    refused(f"train --out . {options}", "working directory", "--out")
+
+
+def test_overwrite_through_a_link(few: Path, copies: Path, runs: Path, cli: Any, same_run: Any) -> None:
+    (copies / "link").symlink_to("half")
+    command = f"train --partition {few} --batch-size 4 --rounds 4 --quiet --overwrite --out link"
     assert cli(*command.split()) == (0, "", "")
     same_run(copies / "half", runs / "whole")
     assert not [p.name for p in copies.iterdir() if p.name.startswith(".")]
