@@ -58,14 +58,14 @@ def watching(quiet: bool) -> Iterator[Listener]:
 
             def started(run: Path, federation: Federation, zero_shot: float, finished: int) -> None:
                 config = federation.config
-                err.print(
+                out.print(
                     f"[bold]{config.method}[/] on {escape(federation.pixels.name)}, {config.encoder} encoder of "
                     f"{escape(config.model)}, {federation.partition.clients} clients → {escape(str(run))}",
                     highlight=False,
                     soft_wrap=True,
                 )
                 for notice in notices(federation):
-                    err.print(f"[yellow]{escape(notice)}[/]", highlight=False, soft_wrap=True)
+                    out.print(f"[yellow]{escape(notice)}[/]", highlight=False, soft_wrap=True)
                 progress.reset(bar, total=config.rounds, completed=finished, description=f"zero-shot {zero_shot:.3f}")
 
             def finished_round(line: dict[str, Any]) -> None:

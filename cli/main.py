@@ -88,13 +88,14 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")
     ] = None,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies now.")] = None,
     as_json: Json = False,
 ) -> None:
     """Load the saved adapters of a run and score every client on its own test samples."""
     from fastdlp import training
     from fastdlp.cli import console
 
-    scores = training.evaluate(run, device=device)
+    scores = training.evaluate(run, device=device, data_dir=data_dir)
     if as_json:
         print(json.dumps(scores, indent=1))
         return

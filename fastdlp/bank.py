@@ -151,6 +151,11 @@ class AdapterBank:
             if self.branches[branch].gated:
                 state.gates[slot, span.gate] = torch.cat([tensors[f"{p}/gate"] for p in site.parts]).to(state.gates)
 
+    def not_finite(self) -> list[int]:
+        """Slots with a weight or gate that is not finite. A loss tells of it a step later, or never."""
+        fine = [t.isfinite().all(1) for state in self.state.values() for t in (state.weights, state.gates)]
+        return (~torch.stack(fine).all(0)).nonzero().flatten().tolist()
+
 
 @dataclass(frozen=True)
 class Span:

@@ -64,7 +64,6 @@ class Engine:
         slots: one entry per row of the bank.
         labels: [samples] int64 class numbers.
         schedule: batches, epochs, chunks.
-        on_batch: called as (round, slot, step, sample numbers) for every batch, in order; for traces.
     """
 
     def __init__(
@@ -77,10 +76,11 @@ class Engine:
         slots: Sequence[Slot],
         labels: np.ndarray,
         schedule: Schedule,
-        on_batch: Callable[[int, int, int, np.ndarray], None] | None = None,
     ) -> None:
         self.method, self.bank, self.task, self.objective, self.hyper = method, bank, task, objective, hyper
-        self.slots, self.labels, self.schedule, self.on_batch = tuple(slots), labels, schedule, on_batch
+        self.slots, self.labels, self.schedule = tuple(slots), labels, schedule
+        # Called as (round, slot, step, sample numbers) for every batch, in order; for whoever keeps a record.
+        self.on_batch: Callable[[int, int, int, np.ndarray], None] | None = None
         # The server's copy of each shared branch, one row per federation: [federations, D].
         self.server: dict[str, Tensor] = {}
         self.restore_server()

@@ -81,7 +81,6 @@ def prepare(
     config: TrainConfig,
     tell: Callable[[str], None] = lambda text: None,
     partition_file: Path | None = None,
-    on_batch: Callable[[int, int, int, np.ndarray], None] | None = None,
 ) -> Federation:
     """Build a run from a config.
 
@@ -89,7 +88,6 @@ def prepare(
         config: any config; it is resolved here.
         tell: told in a line what is being done.
         partition_file: take the partition from this file instead of from the config (a run's own record).
-        on_batch: see `Engine`.
 
     Raises:
         FastdlpError: anything in the config that does not fit the machine, the data or the model.
@@ -138,7 +136,6 @@ def prepare(
         slots,
         pixels.labels,
         schedule,
-        on_batch,
     )
     return Federation(config, engine, pixels, partition, clip.fingerprint())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,11 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path has a name that `atomic_path` gives, so that a killed process may have left it."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name) is not None
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str, hint: str = "") -> None:

@@ -11,18 +11,20 @@ trace/             with --trace: see fastdlp.trace
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition, save_partition
 from fastdlp.errors import FastdlpError
-from fastdlp.files import read_json, write_atomic
+from fastdlp.files import is_temporary, read_json, write_atomic
 
 CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = (
     "config.json",
@@ -40,7 +42,7 @@ class RunFolder:
         self.path = path
         if not (path / CONFIG).is_file():
             what = "is not a run folder" if path.exists() else "does not exist"
-            raise FastdlpError(f"{path} {what}: start a run with fastdlp train --out {path}")
+            raise FastdlpError(f"{path} {what}: name the folder that fastdlp train made")
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
@@ -98,6 +100,24 @@ class RunFolder:
             shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         return RunFolder(named)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to this folder. Raises FastdlpError while another one does."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise FastdlpError(f"another process is writing to {self.path}: wait for it, or stop it") from None
+        finally:
+            os.close(handle)
+
+    def remove_temporaries(self) -> None:
+        """Remove what a killed process left half written."""
+        for path in self.path.rglob(".*"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
 
     def config(self) -> TrainConfig:
         """The resolved config of the run."""

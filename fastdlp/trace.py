@@ -11,60 +11,59 @@ Tensors are fp32, named `c{client}/{branch}/{block}.{q|k|v|out|fc1|fc2}/{A|B|gat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank
+from fastdlp.engine import Engine
 from fastdlp.errors import FastdlpError
 from fastdlp.exchange import client_tensors, save_tensors, shared_tensors
 from fastdlp.record import cut_lines
 
-FOLDER = "trace"
+FOLDER, BATCHES = "trace", "batches.jsonl"
 
 
 class Trace:
-    """Writes the trace of one run into its folder."""
+    """Writes the trace of one run, from the round that `finished` names on; a new run's start is its round 0."""
 
-    def __init__(self, run: Path, finished: int = 0) -> None:
-        """`finished`: the round that the run goes on from; batches of later rounds are cut off."""
-        self.path = run / FOLDER
+    def __init__(self, run: Path, engine: Engine, ids: Sequence[str], finished: int = 0) -> None:
+        self.path, self.engine, self.ids = run / FOLDER, engine, ids
         try:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
-        cut_lines(self.path / "batches.jsonl", finished)
+        cut_lines(self.path / BATCHES, finished)
         self._lines: list[str] = []
         self._clients: dict[str, Tensor] = {}
+        engine.on_batch = self._batch
+        if not finished:
+            self.before_aggregation()
+            self.write(0)
 
-    def batch(self, number: int, client: int, step: int, ids: Sequence[str]) -> None:
-        """Note one batch of the running round."""
-        line = {"round": number, "client": client, "step": step, "samples": list(ids)}
-        self._lines.append(json.dumps(line) + "\n")
-
-    def clients(self, bank: AdapterBank) -> None:
-        """Keep every client's adapters as they are now, before aggregation."""
+    def before_aggregation(self) -> None:
+        """Keep every client's adapters as they are now."""
+        bank = self.engine.bank
         self._clients = {
             f"c{slot}/{name}": tensor
             for slot in range(bank.slots)
             for name, tensor in client_tensors(bank, slot).items()
         }
 
-    def write(self, number: int, bank: AdapterBank, server: Mapping[str, Tensor]) -> None:
+    def write(self, number: int) -> None:
         """Write the round's tensors and batches. Raises FastdlpError where the disk refuses."""
-        tensors = self._clients | {f"server/{name}": t for name, t in shared_tensors(bank, server).items()}
+        server = shared_tensors(self.engine.bank, self.engine.server)
+        tensors = self._clients | {f"server/{name}": tensor for name, tensor in server.items()}
         save_tensors(self.path / f"round-{number:04d}.safetensors", tensors, {"round": str(number)})
         try:
-            with open(self.path / "batches.jsonl", "a") as file:
+            with open(self.path / BATCHES, "a") as file:
                 file.writelines(self._lines)
         except OSError as error:
-            raise FastdlpError(f"cannot write {self.path / 'batches.jsonl'}: {error.strerror or error}") from None
+            raise FastdlpError(f"cannot write {self.path / BATCHES}: {error.strerror or error}") from None
         self._lines.clear()
         self._clients.clear()
 
-
-def sample_ids(ids: Sequence[str], samples: np.ndarray) -> list[str]:
-    """Names of the samples of a batch, in its order."""
-    return [ids[int(i)] for i in samples]
+    def _batch(self, number: int, slot: int, step: int, samples: np.ndarray) -> None:
+        client, names = self.engine.slots[slot].client, [self.ids[int(i)] for i in samples]
+        self._lines.append(json.dumps({"round": number, "client": client, "step": step, "samples": names}) + "\n")

@@ -16,11 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import fastdlp
-from fastdlp.bank import AdapterBank, spans
 from fastdlp.checkpoint import FILE as CHECKPOINT
 from fastdlp.checkpoint import load_checkpoint, save_checkpoint
 from fastdlp.config import NOT_IN_NUMBERS, TrainConfig, differences
@@ -29,10 +26,11 @@ from fastdlp.engine import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.exchange import client_tensors, load_client, load_tensors, pack, save_tensors, shared_tensors
 from fastdlp.federation import Federation, prepare
+from fastdlp.figures import accuracy_figures, per_client_figures, round_line, summarise
 from fastdlp.files import write_atomic
 from fastdlp.methods import make_method
 from fastdlp.record import ADAPTERS, PARTITION, RunFolder
-from fastdlp.trace import Trace, sample_ids
+from fastdlp.trace import Trace
 
 
 @dataclass
@@ -72,16 +70,11 @@ def train(config: TrainConfig, overwrite: bool = False, listener: Listener | Non
     check_name(config.dataset)
     path = Path(config.out) if config.out else _named(config)
     RunFolder.check_free(path, overwrite)
-    traced: list[Trace] = []
-    federation = _prepare(config, listener, traced)
+    federation = prepare(config, listener.preparing)
     config = replace(federation.config, out=str(path))
     run = RunFolder.create(path, config, federation.partition, federation.pixels.ids, overwrite)
-    if config.trace:
-        trace = Trace(run.path)
-        traced.append(trace)
-        trace.clients(federation.engine.bank)
-        trace.write(0, federation.engine.bank, federation.engine.server)
-    return _rounds(run, replace(federation, config=config), 0, traced, listener, begun)
+    with run.locked():
+        return _rounds(run, replace(federation, config=config), 0, listener, begun)
 
 
 def resume(
@@ -103,46 +96,24 @@ def resume(
         Stopped: the listener asked for it.
     """
     listener = listener or Listener()
-    begun = time.perf_counter()
     folder = RunFolder(Path(run))
-    config = replace(folder.config(), out=str(run))
-    if given:
-        asked = replace(config, **given).resolved()
-        if other := differences(config, asked):
-            raise FastdlpError(f"{run} was started with {', '.join(other)}: resume without it, or start a new run")
-        config = asked  # what is left decides no number: it may change
-    longer = rounds is not None and rounds != config.rounds
-    if longer:
-        config = replace(config, rounds=rounds)
-        config.check()
-    summary = folder.summary()
-    if summary is not None and summary["rounds"] == config.rounds:
-        return summary
-    traced: list[Trace] = []
-    federation = _prepare(config, listener, traced, folder.path / PARTITION)
-    finished = 0
-    if (folder.path / CHECKPOINT).exists():
-        finished = load_checkpoint(folder.path / CHECKPOINT, federation.engine.bank, _identity(federation))
-        federation.engine.restore_server()
-    elif folder.started():
-        raise FastdlpError(f"{folder.path / CHECKPOINT} is missing: put it back, or start again with --overwrite")
-    if finished > (config.rounds or 0):
-        raise FastdlpError(
-            f"{run} has finished {finished} rounds already: --rounds {config.rounds} cannot take them back"
-        )
-    if longer or given:
-        folder.change_config(config)
-    if config.trace:
-        trace = Trace(folder.path, finished)
-        traced.append(trace)
-        if not finished:
-            trace.clients(federation.engine.bank)
-            trace.write(0, federation.engine.bank, federation.engine.server)
-    return _rounds(folder, replace(federation, config=config), finished, traced, listener, begun)
+    with folder.locked():
+        return _resume(folder, rounds, given or {}, listener)
 
 
-def evaluate(run: str | Path, listener: Listener | None = None, device: str | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str | Path,
+    listener: Listener | None = None,
+    device: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
     """Score the saved adapters of a finished run on every client's test samples.
+
+    Args:
+        run: its folder.
+        listener: see `Listener`.
+        device: in place of the run's own.
+        data_dir: where the data set lies now.
 
     Returns:
         `accuracy` (Σcorrect/Σn), `accuracy_mean_clients`, `clients_std`, `clients_lowest`, `zero_shot`, `per_client`.
@@ -155,49 +126,71 @@ def evaluate(run: str | Path, listener: Listener | None = None, device: str | No
     if folder.summary() is None:
         raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
     config = folder.config()
-    federation = prepare(replace(config, device=device or config.device), listener.preparing, folder.path / PARTITION)
+    config = replace(config, device=device or config.device, data_dir=data_dir or config.data_dir)
+    federation = prepare(config, listener.preparing, folder.path / PARTITION)
     bank = federation.engine.bank
     for slot in range(bank.slots):
         path = folder.path / ADAPTERS / _client_file(slot)
         tensors, metadata = load_tensors(path)
         if metadata.get("weights") != federation.weights_fingerprint:
             raise FastdlpError(f"{path} was trained on other weights than {config.model} has now")
+        if metadata.get("client") != str(federation.engine.slots[slot].client):
+            raise FastdlpError(f"{path} holds the adapters of client {metadata.get('client')}")
         load_client(bank, slot, tensors, path)
-    zero_shot, _ = _accuracy(*federation.engine.score(adapted=False))
+    zero_shot, _ = accuracy_figures(*federation.engine.score(adapted=False))
     correct, total = federation.engine.score()
-    accuracy, clients = _accuracy(correct, total)
+    accuracy, clients = accuracy_figures(correct, total)
     return (
         {"run": str(run), "accuracy": accuracy, "zero_shot": zero_shot}
         | clients
-        | {"per_client": _per_client(federation, correct, total)}
+        | {"per_client": per_client_figures(federation, correct, total)}
     )
 
 
-def _prepare(config: TrainConfig, listener: Listener, traced: list[Trace], partition: Path | None = None) -> Federation:
-    """Prepare, with the engine's batches going to the trace that `traced` will hold once the folder exists."""
-
-    def on_batch(number: int, slot: int, step: int, samples: np.ndarray) -> None:
-        for trace in traced:
-            trace.batch(number, slot, step, sample_ids(federation.pixels.ids, samples))
-
-    federation = prepare(config, listener.preparing, partition, on_batch if config.trace else None)
-    return federation
+def _resume(run: RunFolder, rounds: int | None, given: dict[str, Any], listener: Listener) -> dict[str, Any]:
+    """`resume` while nobody else writes to the folder."""
+    begun = time.perf_counter()
+    config = replace(run.config(), out=str(run.path))
+    asked = replace(config, **given).resolved() if given else config
+    if other := differences(config, asked):
+        raise FastdlpError(f"{run.path} was started with {', '.join(other)}: resume without it, or start a new run")
+    if rounds is not None:
+        asked = replace(asked, rounds=rounds)
+        asked.check()
+    summary = run.summary()
+    if summary is not None and summary["rounds"] == asked.rounds:
+        return summary
+    run.remove_temporaries()
+    federation = prepare(asked, listener.preparing, run.path / PARTITION)
+    finished = 0
+    if (run.path / CHECKPOINT).exists():
+        finished = load_checkpoint(run.path / CHECKPOINT, federation.engine.bank, _identity(federation))
+        federation.engine.restore_server()
+    elif run.started():
+        raise FastdlpError(f"{run.path / CHECKPOINT} is missing: put it back, or start again with --overwrite")
+    if finished > (asked.rounds or 0):
+        raise FastdlpError(
+            f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
+        )
+    if asked != config:
+        run.change_config(asked)
+    return _rounds(run, replace(federation, config=asked), finished, listener, begun)
 
 
 def _rounds(
     run: RunFolder,
     federation: Federation,
     finished: int,
-    traced: list[Trace],
     listener: Listener,
     begun: float,
 ) -> dict[str, Any]:
     """Rounds finished+1 … to the last, then adapters and summary."""
     config, engine = federation.config, federation.engine
+    trace = Trace(run.path, engine, federation.pixels.ids, finished) if config.trace else None
     rounds = config.rounds or 0
     identity = _identity(federation)
     lines = run.rounds(finished)
-    zero_shot, _ = _accuracy(*engine.score(adapted=False))
+    zero_shot, _ = accuracy_figures(*engine.score(adapted=False))
     message = len(pack(shared_tensors(engine.bank, engine.server)))  # every round's has the same shapes
     listener.started(run.path, federation, zero_shot, finished)
     preparation = time.perf_counter() - begun
@@ -205,24 +198,24 @@ def _rounds(
         save_checkpoint(run.path / CHECKPOINT, engine.bank, 0, identity)
     for number in range(finished + 1, rounds + 1):
         clock = time.perf_counter()
-        losses = engine.train_round(number)
+        losses = _trained(federation, number)
         if losses.not_finite:
             slot, step, name = losses.not_finite
             raise FastdlpError(
                 f"the loss {name} of client {slot} is not finite in round {number}, step {step}: lower --lr; "
                 f"{run.path} keeps its last good checkpoint"
             )
-        if bad := _not_finite(engine.bank):
+        if bad := engine.bank.not_finite():
             raise FastdlpError(
                 f"the adapters of client {bad[0]} are not finite after round {number}: lower --lr; "
                 f"{run.path} keeps its last good checkpoint"
             )
-        for trace in traced:
-            trace.clients(engine.bank)
+        if trace:
+            trace.before_aggregation()
         engine.aggregate()
-        line = _round_line(federation, number, losses, engine.score(), message, clock)
-        for trace in traced:
-            trace.write(number, engine.bank, engine.server)
+        line = round_line(federation, number, losses, engine.score(), message, clock)
+        if trace:
+            trace.write(number)
         run.append_round(line)
         lines.append(line)
         stop = listener.should_stop() and number < rounds
@@ -232,151 +225,20 @@ def _rounds(
         if stop:
             raise Stopped(run.path, number, rounds)
     _save_adapters(run.path / ADAPTERS, federation)
-    summary = _summary(federation, lines, zero_shot, message, preparation)
+    summary = summarise(federation, lines, zero_shot, message, preparation)
     run.write_summary(summary)
     return summary
 
 
-def _round_line(
-    federation: Federation,
-    number: int,
-    losses: RoundLosses,
-    scores: tuple[np.ndarray, np.ndarray],
-    message: int,
-    clock: float,
-) -> dict[str, Any]:
-    engine = federation.engine
-    correct, total = scores
-    accuracy, clients = _accuracy(correct, total)
-    zero, gates, by_part = _gates(engine.bank)
-    per_client = []
-    for slot, entry in enumerate(engine.slots):
-        takes_part = len(entry.train) + len(entry.test) > 0
-        per_client.append(
-            {
-                "client": entry.client,
-                "correct": int(correct[slot]),
-                "n": int(total[slot]),
-                "accuracy": _ratio(correct[slot], total[slot]),
-                "losses": {name: _number(means[slot]) for name, means in losses.means.items()},
-                "steps": int(losses.steps[slot]),
-                "gates_zero": int(zero[slot]),
-                "gates": gates,
-                "bytes_sent": message if len(entry.train) else 0,
-                "bytes_received": message if takes_part else 0,
-            }
-        )
-    sizes = np.array([len(entry.train) for entry in engine.slots])
-    return {
-        "round": number,
-        "accuracy": accuracy,
-        **clients,
-        "losses": {
-            name: _number(np.average(m[sizes > 0], weights=sizes[sizes > 0])) for name, m in losses.means.items()
-        },
-        "gates_zero_share": _ratio(zero.sum(), gates * len(engine.slots)) or 0.0,
-        "gates_zero_by_part": by_part,
-        "clients": per_client,
-        "seconds": round(time.perf_counter() - clock, 3),
-    }
-
-
-def _summary(
-    federation: Federation, lines: list[dict[str, Any]], zero_shot: float, message: int, preparation: float
-) -> dict[str, Any]:
-    config, engine = federation.config, federation.engine
-    last = lines[-1]
-    best = max(lines, key=lambda line: line["accuracy"])
-    correct = np.array([client["correct"] for client in last["clients"]])
-    total = np.array([client["n"] for client in last["clients"]])
-    reported = last if config.report == "last" else best
-    shared = sum(t.numel() for t in shared_tensors(engine.bank, engine.server).values())
-    return {
-        "method": config.method,
-        "encoder": config.encoder,
-        "model": config.model,
-        "pretrained": config.pretrained,
-        "dataset": federation.pixels.name,
-        "partition": federation.partition.scheme,
-        "beta": federation.partition.beta,
-        "clients": federation.partition.clients,
-        "rounds": config.rounds,
-        "seed": config.seed,
-        "partition_seed": federation.partition.seed,
-        "protocol": config.protocol,
-        "precision": config.precision,
-        "device": engine.bank.device.type,
-        "zero_shot": zero_shot,
-        "accuracy": reported["accuracy"],
-        "accuracy_is": config.report,
-        "accuracy_last": last["accuracy"],
-        "accuracy_best_test": best["accuracy"],
-        "round_best_test": best["round"],
-        "accuracy_mean_clients": last["accuracy_mean_clients"],
-        "clients_std": last["clients_std"],
-        "clients_lowest": last["clients_lowest"],
-        "per_client": _per_client(federation, correct, total),
-        "empty_clients": federation.partition.empty,
-        "bad_images": federation.pixels.bad,
-        "trainable_parameters": sum(t.numel() for t in client_tensors(engine.bank, 0).values()),
-        "uploaded_parameters": shared,
-        "uploaded_bytes_per_client_round": message,
-        "downloaded_bytes_per_client_round": message,
-        "uploaded_bytes_total": sum(c["bytes_sent"] for line in lines for c in line["clients"]),
-        "downloaded_bytes_total": sum(c["bytes_received"] for line in lines for c in line["clients"]),
-        "gates_zero_share": last["gates_zero_share"],
-        "config": asdict(config),
-        "fastdlp_version": fastdlp.__version__,
-        "seconds_preparation": round(preparation, 3),
-        "seconds_total": round(preparation + sum(line["seconds"] for line in lines), 3),
-    }
-
-
-def _per_client(federation: Federation, correct: np.ndarray, total: np.ndarray) -> list[dict[str, Any]]:
-    return [
-        {
-            "client": slot.client,
-            "n_train": len(slot.train),
-            "n_test": int(total[i]),
-            "correct": int(correct[i]),
-            "accuracy": _ratio(correct[i], total[i]),
-        }
-        for i, slot in enumerate(federation.engine.slots)
-    ]
-
-
-def _accuracy(correct: np.ndarray, total: np.ndarray) -> tuple[float, dict[str, float]]:
-    """Σcorrect/Σn, and mean, population standard deviation and lowest over the clients that have test samples."""
-    have = total > 0
-    per = correct[have] / total[have]
-    clients = {
-        "accuracy_mean_clients": float(per.mean()),
-        "clients_std": float(per.std()),
-        "clients_lowest": float(per.min()),
-    }
-    return float(correct.sum() / total.sum()), clients
-
-
-def _gates(bank: AdapterBank) -> tuple[np.ndarray, int, dict[str, float]]:
-    """Gates at zero per slot [slots], gates per slot, and the share at zero by site part over all slots."""
-    zero, count = np.zeros(bank.slots, np.int64), 0
-    by_part: dict[str, float] = {}
-    for name, branch in bank.branches.items():
-        if not branch.gated:
-            continue
-        at_zero = (bank.state[name].gates == 0).cpu().numpy()
-        zero += at_zero.sum(1)
-        count += at_zero.shape[1]
-        for site, span in zip(bank.sites, spans(bank.sites, branch.rank)):
-            parts = at_zero[:, span.gate].reshape(bank.slots, len(site.parts), branch.rank)
-            by_part |= {part: float(parts[:, i].mean()) for i, part in enumerate(site.parts)}
-    return zero, count, by_part
-
-
-def _not_finite(bank: AdapterBank) -> list[int]:
-    """The slots whose adapters hold a value that is not finite; the loss tells of it a step later, or never."""
-    fine = [tensor.isfinite().all(1) for state in bank.state.values() for tensor in (state.weights, state.gates)]
-    return (~torch.stack(fine).all(0)).nonzero().flatten().tolist()
+def _trained(federation: Federation, number: int) -> RoundLosses:
+    """One round of training. Raises FastdlpError where the device's memory does not hold it."""
+    try:
+        return federation.engine.train_round(number)
+    except torch.OutOfMemoryError:
+        raise FastdlpError(
+            f"the device's memory does not hold {federation.config.micro_batch} rows at once: start the run with a "
+            "smaller --micro-batch or --batch-size"
+        ) from None
 
 
 def _save_adapters(folder: Path, federation: Federation) -> None:
@@ -392,6 +254,7 @@ def _save_adapters(folder: Path, federation: Federation) -> None:
         "scored": json.dumps(engine.method.scored),
     }
     for slot in range(engine.bank.slots):
+        about["client"] = str(engine.slots[slot].client)
         save_tensors(folder / _client_file(slot), client_tensors(engine.bank, slot), about)
     if message := pack(shared_tensors(engine.bank, engine.server)):  # byte for byte what a client receives
         write_atomic(folder / "server.safetensors", message)
@@ -402,6 +265,7 @@ def _identity(federation: Federation) -> dict[str, str]:
     options = {k: v for k, v in asdict(federation.config).items() if k not in NOT_IN_NUMBERS | {"rounds", "trace"}}
     return {
         "config": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest(),
+        "device": federation.engine.bank.device.type,
         "data": federation.pixels.fingerprint,
         "weights": federation.weights_fingerprint,
     }
@@ -421,12 +285,3 @@ def _named(config: TrainConfig) -> Path:
         number += 1
         path = path.with_name(f"{name}-{number}")
     return path
-
-
-def _ratio(part: Any, whole: Any) -> float | None:
-    return float(part / whole) if whole else None
-
-
-def _number(value: Any) -> float | None:
-    """A float for JSON; None where there was nothing to average."""
-    return float(value) if np.isfinite(value) else None

@@ -181,9 +181,9 @@ def test_data(dataset: str, refused: Refused) -> None:
 
 def test_bad_images_can_be_skipped(place: Path, cli: Any) -> None:
     options = "--dataset folder:broken --bad-images skip --clients 2 --partition iid --rounds 1 --batch-size 4"
-    code, _, err = cli("train", *options.split(), "--out", "run")
+    code, out, _ = cli("train", *options.split(), "--out", "run")
     assert code == 0
-    assert "1 images cannot be read and were skipped: cat/3.png: not an image file" in err
+    assert "1 images cannot be read and were skipped: cat/3.png: not an image file" in out
     summary = json.loads((place / "run/summary.json").read_text())
     assert summary["bad_images"] == ["cat/3.png: not an image file"]
     assert "cat/3.png" not in (place / "run/partition.json").read_text()
@@ -281,7 +281,7 @@ OTHERS = {
     "evaluate": ["run", "--help"],
     "evaluate missing": ["missing does not exist"],
     "evaluate empty": ["empty is not a run folder"],
-    "train --resume missing": ["missing does not exist", "fastdlp train --out missing"],
+    "train --resume missing": ["missing does not exist", "name the folder"],
     "train --resume empty": ["empty is not a run folder"],
     "train --resume missing --overwrite": ["--resume", "--overwrite", "exclude"],
     "train --resume missing --out run": ["--resume", "--out"],

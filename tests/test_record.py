@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -259,6 +260,14 @@ def test_evaluate_gives_the_last_accuracies(method: str, encoder: str, few: Path
     assert fastdlp.evaluate(path) == scores
 
 
+def test_adapters_of_another_client_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.copy(copy / "adapters/client-01.safetensors", copy / "adapters/client-00.safetensors")
+    code, _, err = _main("evaluate", copy)
+    assert code == 2
+    assert "client-00.safetensors holds the adapters of client 1" in err
+
+
 def test_quiet(few: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     assert _main("train", "--partition", few, "--rounds", 1, "--out", path, "--quiet") == (0, "", "")
@@ -275,7 +284,8 @@ def test_without_out_a_folder_is_named_and_told(few: Path, tmp_path: Path, monke
     assert (path / "summary.json").exists()
     name = f"runs/{path.name}"
     assert [line for line in out.splitlines() if line.startswith("run folder") and line.endswith(name)]
-    assert [line for line in err.splitlines() if line.endswith(name)]
+    assert len([line for line in out.splitlines() if line.endswith(name)]) == 2  # when it starts, and when it ends
+    assert err == ""
 
 
 def test_two_runs_at_once_get_two_folders(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
