@@ -9,13 +9,13 @@ from rich.table import Table
 
 
 def print_step(result: dict[str, Any], console: Console) -> None:
-    """The table of `bench_step`, with what it was measured on."""
+    """The table of `bench_step`, medians with their 20 and 80 % quantiles, and what it was measured on."""
     table = Table(title=result["what"], title_justify="left", title_style="bold")
     for column in (
         "form",
         "dtype",
         "passes",
-        "ms a step (20 / 50 / 80 %)",
+        "ms a step",
         "× PEFT",
         f"× PEFT {result['rows'][0]['precision']}",
         "loss error",
@@ -26,9 +26,9 @@ def print_step(result: dict[str, Any], console: Console) -> None:
             row["form"],
             row["precision"],
             f"{row['forwards']} f + {row['backwards']} b",
-            f"{row['ms_20']:,.0f} / {row['ms_50']:,.0f} / {row['ms_80']:,.0f}",
+            f"{row['ms_50']:,.0f} ({row['ms_20']:,.0f}–{row['ms_80']:,.0f})",
             f"{row['times_peft']:.2f}",
-            f"{row['times_peft_fp32']:.2f}",
+            f"{row['times_first']:.2f}",
             f"{row['worst_loss_error']:.0e}",
         )
     console.print(table)

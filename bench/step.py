@@ -10,6 +10,7 @@ No row is printed before its losses agreed with those of PEFT in fp32 on the sam
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -81,9 +82,23 @@ class _Pixels:
         return self.pixels[torch.from_numpy(samples)]
 
 
+Losses = Callable[[], dict[str, float]]  # one step; returns its losses
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compute the step: `make(precision)` sets it up; `sequential` forms take one client after another."""
+
+    name: str
+    forwards: int
+    backwards: int
+    make: Callable[[str], Losses]
+    sequential: bool = False
+
+
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: quantiles in milliseconds a step, and how many times as fast as PEFT in this dtype."""
+    """One line of the table: quantiles in milliseconds a step, and how many times as fast as the two baselines."""
 
     form: str
     precision: str
@@ -92,8 +107,8 @@ class Row:
     ms_20: float
     ms_50: float
     ms_80: float
-    times_peft: float
-    times_peft_fp32: float
+    times_peft: float  # PEFT in this dtype
+    times_first: float  # the first row
     worst_loss_error: float
 
 
@@ -118,58 +133,33 @@ def bench_step(
         raise FastdlpError("the PEFT baseline is not installed: pip install 'fastdlp[bench]'") from None
     problem = make_problem(model, batch)
     bank = fastdlp_engine(problem, "fp32", "fresh", device).bank
+
+    def engine_step(precision: str, teacher: str) -> Losses:
+        return _engine_step(fastdlp_engine(problem, precision, teacher, device, clients))
+
+    forms = (
+        Form("PEFT", 4, 2, lambda p: PeftStep(problem, p, "default", device, bank), sequential=True),
+        Form("PEFT, adapters cast", 4, 2, lambda p: PeftStep(problem, p, "cast", device, bank), sequential=True),
+        Form("fastdlp", 3, 2, lambda p: engine_step(p, "fresh")),
+        Form("fastdlp --teacher pre-update", 2, 2, lambda p: engine_step(p, "pre-update")),
+    )
+    # In fp32 nothing is cast: the second form is the first.
+    chosen = [(f, p) for p in precisions for f in forms if not (f is forms[1] and p == "fp32")]
     expected = PeftStep(problem, "fp32", "default", device, bank)()
-    forms = {
-        "PEFT": lambda p: PeftStep(problem, p, "default", device, bank),
-        "PEFT, adapters cast": lambda p: PeftStep(problem, p, "cast", device, bank),
-        "fastdlp": lambda p: _engine_step(fastdlp_engine(problem, p, "fresh", device, clients)),
-        "fastdlp --teacher pre-update": lambda p: _engine_step(
-            fastdlp_engine(problem, p, "pre-update", device, clients)
-        ),
-    }
-    passes = {
-        "PEFT": (4, 2),
-        "PEFT, adapters cast": (4, 2),
-        "fastdlp": (3, 2),
-        "fastdlp --teacher pre-update": (2, 2),
-    }
-    steps: dict[tuple[str, str], Callable[[], dict[str, float]]] = {}
-    errors: dict[tuple[str, str], float] = {}
-    for precision in precisions:
-        for form, make in forms.items():
-            if form == "PEFT, adapters cast" and precision == "fp32":
-                continue  # the same program as PEFT in fp32
-            tell(f"{form}, {precision}: losses against PEFT fp32")
-            step = make(precision)
-            losses = step()
-            errors[form, precision] = max(abs(losses[k] - v) / abs(v) for k, v in expected.items())
-            if not errors[form, precision] <= TOLERANCE[precision]:
-                raise FastdlpError(
-                    f"{form} in {precision} does not compute the losses of PEFT: {losses}, expected {expected}"
-                )
-            steps[form, precision] = step
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    steps = [_checked(form, precision, expected, tell) for form, precision in chosen]
+    times: list[list[float]] = [[] for _ in steps]
     for repeat in range(repeats):  # in turn, so that a disturbance of the machine meets every form
-        for key, step in steps.items():
-            tell(f"{key[0]}, {key[1]}: {repeat + 1} of {repeats}")
-            times[key].append(_timed(step, device, clients if isinstance(step, PeftStep) else 1))
+        for (form, precision), (step, _), seconds in zip(chosen, steps, times):
+            tell(f"{form.name}, {precision}: {repeat + 1} of {repeats}")
+            seconds.append(_timed(step, device, clients if form.sequential else 1))
     rows = []
-    for (form, precision), seconds in times.items():
-        q = statistics.quantiles(seconds, n=5, method="inclusive")
-        middle = statistics.median(seconds)
-        rows.append(
-            Row(
-                form,
-                precision,
-                *passes[form],
-                q[0] * 1e3,
-                middle * 1e3,
-                q[3] * 1e3,
-                statistics.median(times["PEFT", precision]) / middle,
-                statistics.median(times["PEFT", precisions[0]]) / middle,
-                errors[form, precision],
-            )
-        )
+    for (form, precision), (_, error), seconds in zip(chosen, steps, times):
+        q, middle = statistics.quantiles(seconds, n=5, method="inclusive"), statistics.median(seconds)
+        peft_time = statistics.median(times[chosen.index((forms[0], precision))])
+        ratios = peft_time / middle, statistics.median(times[0]) / middle
+        quantiles = q[0] * 1e3, middle * 1e3, q[3] * 1e3
+        rows.append(Row(form.name, precision, form.forwards, form.backwards, *quantiles, *ratios, error))
+    versions = {"torch": torch, "peft": peft, "transformers": transformers}
     return {
         "what": f"one FEDDLP step, {model}, image encoder, {clients} × {batch} images, random weights",
         "clients": clients,
@@ -177,13 +167,23 @@ def bench_step(
         "rows": [vars(row) for row in rows],
         "repeats": repeats,
         **machine(device),
-        "versions": {
-            "torch": torch.__version__,
-            "peft": peft.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {n: m.__version__ for n, m in versions.items()} | {"python": platform.python_version()},
     }
+
+
+def _checked(
+    form: Form, precision: str, expected: dict[str, float], tell: Callable[[str], None]
+) -> tuple[Losses, float]:
+    """A form set up, and the largest relative error of its first step's losses."""
+    tell(f"{form.name}, {precision}: losses against PEFT fp32")
+    step = form.make(precision)
+    losses = step()
+    error = max(abs(losses[name] - value) / abs(value) for name, value in expected.items())
+    if not error <= TOLERANCE[precision]:
+        raise FastdlpError(
+            f"{form.name} in {precision} does not compute the losses of PEFT: {losses}, expected {expected}"
+        )
+    return step, error
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -196,13 +196,14 @@ def machine(device: torch.device) -> dict[str, Any]:
             (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
             platform.processor(),
         )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    commit = os.environ.get("FASTDLP_COMMIT")  # for a copy of the tree without its history
+    if not commit:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {"device": name, "threads": torch.get_num_threads(), "commit": commit or "unknown"}
 
 
-def _engine_step(engine: Engine) -> Callable[[], dict[str, float]]:
+def _engine_step(engine: Engine) -> Losses:
     numbers = iter(range(1, 1 << 30))
 
     def step() -> dict[str, float]:
@@ -212,7 +213,7 @@ def _engine_step(engine: Engine) -> Callable[[], dict[str, float]]:
     return step
 
 
-def _timed(step: Callable[[], dict[str, float]], device: torch.device, times: int) -> float:
+def _timed(step: Losses, device: torch.device, times: int) -> float:
     """Seconds of one step of all clients: `times` calls for a form that takes them one after another."""
     start = time.perf_counter()
     for _ in range(times):

@@ -26,6 +26,8 @@ from fastdlp.kernels.attention import attention
 from fastdlp.kernels.dual_lora import RowGroups, dual_lora
 from fastdlp.sites import TowerShape
 
+SITES_PER_BLOCK = 4  # qkv, out, fc1, fc2: the order of `sites.tower_sites`
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -103,19 +105,18 @@ class Tower:
         Returns:
             [rows, embed] fp32.
         """
-        site = 0
+        linear = _Linears(groups, adapters)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if i == last and self.pooled_only and self.pool != "avg":
-                x = self._last_block(x, block, site, groups, adapters, index)
+                x = self._last_block(x, block, SITES_PER_BLOCK * i, linear, index)
             else:
-                x = self._block(x, block, site, groups, adapters)
-            site += 4
+                x = self._block(x, block, SITES_PER_BLOCK * i, linear)
         if self.norm_after_pool:
             x = _norm(self._pooled(x, index), self.ln_post)
         else:
             x = self._pooled(_norm(x, self.ln_post), index)
-        return _linear(x[:, None], self.proj, site, groups, adapters)[:, 0].float()
+        return linear(x[:, None], self.proj, SITES_PER_BLOCK * len(self.blocks))[:, 0].float()
 
     def _pooled(self, x: Tensor, index: Tensor | None) -> Tensor:
         if x.shape[1] == 1:
@@ -124,44 +125,50 @@ class Tower:
             return x[:, 1:].mean(dim=1)
         return _take(x, index)[:, 0]
 
-    def _block(self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None) -> Tensor:
+    def _block(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
         rows, tokens, width = x.shape
-        qkv = _linear(_norm(x, block.ln1), block.qkv, site, groups, adapters)
+        qkv = linear(_norm(x, block.ln1), block.qkv, site)
         q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         a = attention(q, k, v, _causal(tokens, x.device) if self.causal else None)
-        a = a.transpose(1, 2).reshape(rows, tokens, width)
-        x = x + _scaled(_linear(a, block.out, site + 1, groups, adapters), block.ls1)
-        return self._mlp(x, block, site, groups, adapters)
+        x = x + _scaled(linear(_joined(a), block.out, site + 1), block.ls1)
+        return self._mlp(x, block, site, linear)
 
-    def _last_block(
-        self,
-        x: Tensor,
-        block: Block,
-        site: int,
-        groups: RowGroups | None,
-        adapters: Adapters | None,
-        index: Tensor | None,
-    ) -> Tensor:
-        """The block's value at the pooled token alone, [rows, 1, width]: keys and values of all, one query a row."""
+    def _last_block(self, x: Tensor, block: Block, site: int, linear: _Linears, index: Tensor | None) -> Tensor:
+        """The block's value at the pooled token, [rows, 1, width]: keys and values of all, one query a row."""
         rows, tokens, width = x.shape
-        split = (rows, -1, self.heads, width // self.heads)
         h = _norm(x, block.ln1)
-        q = _linear(_take(h, index), _part(block.qkv, 0, 1), site, groups, adapters, slice(0, 1))
-        kv = _linear(h, _part(block.qkv, 1, 3), site, groups, adapters, slice(1, 3))
+        q = linear(_take(h, index), _part(block.qkv, 0, 1), site, slice(0, 1))
+        kv = linear(h, _part(block.qkv, 1, 3), site, slice(1, 3))
+        q = q.view(rows, 1, self.heads, width // self.heads).transpose(1, 2)
         k, v = kv.view(rows, tokens, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None
-        if self.causal:
-            positions = torch.arange(tokens, device=x.device)
-            mask = (positions <= _positions(index, rows, x.device)[:, None])[:, None, None, :]
-        a = attention(q.view(split).transpose(1, 2), k, v, mask)
-        a = a.transpose(1, 2).reshape(rows, 1, width)
-        x = _take(x, index) + _scaled(_linear(a, block.out, site + 1, groups, adapters), block.ls1)
-        return self._mlp(x, block, site, groups, adapters)
+        if self.causal and index is not None:
+            mask = (torch.arange(tokens, device=x.device) <= index[:, None])[:, None, None, :]
+        a = attention(q, k, v, mask)
+        x = _take(x, index) + _scaled(linear(_joined(a), block.out, site + 1), block.ls1)
+        return self._mlp(x, block, site, linear)
 
-    def _mlp(self, x: Tensor, block: Block, site: int, groups: RowGroups | None, adapters: Adapters | None) -> Tensor:
-        h = _linear(_norm(x, block.ln2), block.fc1, site + 2, groups, adapters)
-        h = _linear(ACTIVATIONS[self.activation](h), block.fc2, site + 3, groups, adapters)
+    def _mlp(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
+        h = linear(_norm(x, block.ln2), block.fc1, site + 2)
+        h = linear(ACTIVATIONS[self.activation](h), block.fc2, site + 3)
         return x + _scaled(h, block.ls2)
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """How this pass runs a frozen linear: with the active slots' adapters, or plainly where there are none."""
+
+    groups: RowGroups | None
+    adapters: Adapters | None
+
+    def __call__(self, x: Tensor, linear: Linear, site: int, parts: slice = slice(None)) -> Tensor:
+        """[rows, T, in] → [rows, T, out]; `site` and `parts` say which adapters belong to the weight."""
+        if self.adapters is None or self.groups is None:
+            return F.linear(x, linear.weight, linear.bias)
+        rows, tokens, width = x.shape
+        A, B, c = self.adapters.site(site, parts)
+        x = x.reshape(rows * tokens, width)
+        return dual_lora(x, linear.weight, linear.bias, A, B, c, self.groups.times(tokens)).view(rows, tokens, -1)
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -185,23 +192,6 @@ ACTIVATIONS = {
 }
 
 
-def _linear(
-    x: Tensor,
-    linear: Linear,
-    site: int,
-    groups: RowGroups | None,
-    adapters: Adapters | None,
-    parts: slice = slice(None),
-) -> Tensor:
-    """The frozen linear on [rows, T, in], with the active slots' adapters where there are any."""
-    if adapters is None or groups is None:
-        return F.linear(x, linear.weight, linear.bias)
-    rows, tokens, width = x.shape
-    A, B, c = adapters.site(site, parts)
-    y = dual_lora(x.reshape(rows * tokens, width), linear.weight, linear.bias, A, B, c, groups.times(tokens))
-    return y.view(rows, tokens, -1)
-
-
 def _part(linear: Linear, first: int, end: int) -> Linear:
     """Parts first..end of a weight packed of three."""
     width = linear.weight.shape[0] // 3
@@ -211,6 +201,11 @@ def _part(linear: Linear, first: int, end: int) -> Linear:
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """[rows, heads, T, d] → [rows, T, heads · d]."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -227,10 +222,6 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
 def _causal(tokens: int, device: torch.device) -> Tensor:
     """[T, T] bool: a query sees itself and what stands before it."""
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-
-
-def _positions(index: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, dtype=torch.int64, device=device) if index is None else index
 
 
 def _moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -76,7 +76,7 @@ def _partition(path: Path, member: dict[str, list[str]], **more: object) -> None
 
 
 @pytest.fixture
-def refused(place: Path, cli: Any) -> Refused:
+def assert_refused(place: Path, cli: Any) -> Refused:
     """Call a command that must fail; asserts all that the promise says and returns the message."""
 
     def call(command: str, *words: str, changes: bool = False) -> str:
@@ -139,8 +139,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(options: str, refused: Refused) -> None:
-    refused(f"train --out run {options}", *OPTIONS[options])
+def test_options(options: str, assert_refused: Refused) -> None:
+    assert_refused(f"train --out run {options}", *OPTIONS[options])
 
 
 MODELS = {
@@ -158,8 +158,8 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("command", ["train --out run", "info"])
-def test_models(command: str, model: str, refused: Refused) -> None:
-    refused(f"{command} --model {model}", *MODELS[model])
+def test_models(command: str, model: str, assert_refused: Refused) -> None:
+    assert_refused(f"{command} --model {model}", *MODELS[model])
 
 
 DATA = {
@@ -175,8 +175,8 @@ DATA = {
 
 
 @pytest.mark.parametrize("dataset", DATA)
-def test_data(dataset: str, refused: Refused) -> None:
-    refused(f"train --out run --dataset {dataset}", *DATA[dataset])
+def test_data(dataset: str, assert_refused: Refused) -> None:
+    assert_refused(f"train --out run --dataset {dataset}", *DATA[dataset])
 
 
 def test_bad_images_can_be_skipped(place: Path, cli: Any) -> None:
@@ -204,7 +204,9 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("model", ["glyph-clip", "ViT-B-32"])
-def test_weights(model: str, weights: str, place: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights(
+    model: str, weights: str, place: Path, assert_refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if model == "ViT-B-32":  # as open_clip loads it, but small: 150 million parameters take a while to draw
         import open_clip
         from open_clip import factory
@@ -213,7 +215,7 @@ def test_weights(model: str, weights: str, place: Path, refused: Refused, monkey
         small["vision_cfg"] |= {"width": 64, "layers": 1}
         small["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
         monkeypatch.setitem(factory._MODEL_CONFIGS, model, small)
-    refused(f"train --out run --model {model} --pretrained {weights}", *WEIGHTS[weights])
+    assert_refused(f"train --out run --model {model} --pretrained {weights}", *WEIGHTS[weights])
     assert not (place / "executed").exists()
 
 
@@ -230,7 +232,9 @@ def test_the_bomb_works(place: Path) -> None:
         ("hf-hub:nobody/nothing", ["hf-hub:nobody/nothing", "offline?"]),
     ],
 )
-def test_offline(model: str, words: list[str], refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(
+    model: str, words: list[str], assert_refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told within seconds, and not after a minute of retries."""
     import huggingface_hub.constants as hub
 
@@ -242,7 +246,7 @@ def test_offline(model: str, words: list[str], refused: Refused, place: Path, mo
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(place.parent / "hub"))
     begun = time.monotonic()
-    refused(f"train --out run --model {model}", *words)
+    assert_refused(f"train --out run --model {model}", *words)
     assert time.monotonic() - begun < 15
 
 
@@ -259,8 +263,8 @@ PARTITIONS = {
 
 
 @pytest.mark.parametrize("file", PARTITIONS)
-def test_partition_files(file: str, refused: Refused) -> None:
-    refused(f"train --out run --partition {file}", *PARTITIONS[file])
+def test_partition_files(file: str, assert_refused: Refused) -> None:
+    assert_refused(f"train --out run --partition {file}", *PARTITIONS[file])
 
 
 OTHERS = {
@@ -297,8 +301,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_other_commands(command: str, refused: Refused) -> None:
-    refused(command, *OTHERS[command])
+def test_other_commands(command: str, assert_refused: Refused) -> None:
+    assert_refused(command, *OTHERS[command])
 
 
 @pytest.mark.parametrize("command", ["", "data", "bench"])
@@ -364,8 +368,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_runs(command: str, copies: Path, refused: Refused) -> None:
-    refused(command, *RUNS[command])
+def test_runs(command: str, copies: Path, assert_refused: Refused) -> None:
+    assert_refused(command, *RUNS[command])
 
 
 def _truncate(path: Path) -> None:
@@ -423,27 +427,27 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_run(what: str, copies: Path, refused: Refused) -> None:
+def test_damaged_run(what: str, copies: Path, assert_refused: Refused) -> None:
     file, damage, words = DAMAGE[what]
     damage(copies / "half" / file)
-    refused("train --resume half", *words)
+    assert_refused("train --resume half", *words)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "7"])
-def test_damaged_summary(text: str, copies: Path, refused: Refused) -> None:
+def test_damaged_summary(text: str, copies: Path, assert_refused: Refused) -> None:
     (copies / "done/summary.json").write_text(text)
-    refused("train --resume done", "summary")
+    assert_refused("train --resume done", "summary")
 
 
-def test_checkpoint_of_another_config(runs: Path, copies: Path, refused: Refused) -> None:
+def test_checkpoint_of_another_config(runs: Path, copies: Path, assert_refused: Refused) -> None:
     shutil.copy(runs / "seed1/checkpoint.safetensors", copies / "half/checkpoint.safetensors")
-    refused("train --resume half", "checkpoint.safetensors", "belongs to another run", "config")
+    assert_refused("train --resume half", "checkpoint.safetensors", "belongs to another run", "config")
 
 
-def test_run_without_its_checkpoint(copies: Path, refused: Refused) -> None:
+def test_run_without_its_checkpoint(copies: Path, assert_refused: Refused) -> None:
     """Two rounds are recorded: to start again silently would throw them away."""
     (copies / "half/checkpoint.safetensors").unlink()
-    refused("train --resume half", "checkpoint.safetensors", "missing")
+    assert_refused("train --resume half", "checkpoint.safetensors", "missing")
 
 
 ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -454,48 +458,48 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", ADAPTERS)
-def test_damaged_adapters(what: str, copies: Path, refused: Refused) -> None:
+def test_damaged_adapters(what: str, copies: Path, assert_refused: Refused) -> None:
     damage, words = ADAPTERS[what]
     damage(copies / "done/adapters/client-01.safetensors")
-    refused("evaluate done", *words)
+    assert_refused("evaluate done", *words)
 
 
-def test_adapters_of_other_weights_shape_and_names(copies: Path, refused: Refused) -> None:
+def test_adapters_of_other_weights_shape_and_names(copies: Path, assert_refused: Refused) -> None:
     path = copies / "done/adapters/client-01.safetensors"
     tensors, about = load_tensors(path)
     save_file(tensors, path, about | {"weights": "0" * 64})
-    refused("evaluate done", "client-01.safetensors", "other weights than glyph-clip")
+    assert_refused("evaluate done", "client-01.safetensors", "other weights than glyph-clip")
     save_file(tensors | {"local/proj/A": torch.zeros(5, 128)}, path, about)
-    refused("evaluate done", "client-01.safetensors", "proj/A is (5, 128)")
+    assert_refused("evaluate done", "client-01.safetensors", "proj/A is (5, 128)")
     save_file({n: t for n, t in tensors.items() if n != "local/proj/gate"}, path, about)
-    refused("evaluate done", "client-01.safetensors", "another shape", "proj/gate")
+    assert_refused("evaluate done", "client-01.safetensors", "another shape", "proj/gate")
     save_file({n: t for n, t in tensors.items() if n.startswith("local/")}, path, about)
-    refused("evaluate done", "client-01.safetensors", "another shape")
+    assert_refused("evaluate done", "client-01.safetensors", "another shape")
     save_file(tensors | {"third/proj/A": torch.zeros(2, 128)}, path, about)
-    refused("evaluate done", "client-01.safetensors", "['global', 'local', 'third']", "['global', 'local']")
+    assert_refused("evaluate done", "client-01.safetensors", "['global', 'local', 'third']", "['global', 'local']")
 
 
 # -- losses that are not finite ------------------------------------------------------------------------------
 
 
-def test_loss_that_is_not_finite(few: Path, place: Path, refused: Refused, cli: Any) -> None:
+def test_loss_that_is_not_finite(few: Path, place: Path, assert_refused: Refused, cli: Any) -> None:
     """The checkpoint before it stays, and a resumed run fails in the same words."""
     command = f"train --partition {few} --batch-size 4 --rounds 3 --quiet --lr 1e30 --out run"
-    told = refused(command, "client", "round 1, step 0", "lower --lr", "last good checkpoint", changes=True)
+    told = assert_refused(command, "client", "round 1, step 0", "lower --lr", "last good checkpoint", changes=True)
     tensors, about = load_tensors(place / "run/checkpoint.safetensors")
     assert about["round"] == "0"
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert refused("train --resume run --quiet", changes=True) == told
+    assert assert_refused("train --resume run --quiet", changes=True) == told
     again, about_again = load_tensors(place / "run/checkpoint.safetensors")
     assert about_again == about
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
-def test_weights_that_are_not_finite(few: Path, place: Path, refused: Refused) -> None:
+def test_weights_that_are_not_finite(few: Path, place: Path, assert_refused: Refused) -> None:
     """The only step of a round has a finite loss and ruins the adapters: that round must not be kept."""
     command = f"train --method local --partition {few} --batch-size 64 --rounds 1 --quiet --out run"
     command += " --lr 1e38 --weight-decay 10"
-    refused(command, "client", "round 1", "not finite", "lower --lr", changes=True)
+    assert_refused(command, "client", "round 1", "not finite", "lower --lr", changes=True)
     tensors, about = load_tensors(place / "run/checkpoint.safetensors")
     assert about["round"] == "0"
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -504,13 +508,15 @@ def test_weights_that_are_not_finite(few: Path, place: Path, refused: Refused) -
 # -- disks that refuse ----------------------------------------------------------------------------------------
 
 
-def test_read_only_at_the_start(place: Path, refused: Refused, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_at_the_start(
+    place: Path, assert_refused: Refused, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: Any, **kwargs: Any) -> str:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "mkdtemp", refuse)
-        refused(f"train --partition {few} --out run", "Read-only file system", "--out")
+        assert_refused(f"train --partition {few} --out run", "Read-only file system", "--out")
 
 
 def _fail_at(patch: pytest.MonkeyPatch, function: str, number: int) -> list[int]:
@@ -535,7 +541,7 @@ def test_disk_full_at_any_write(
     few: Path,
     runs: Path,
     place: Path,
-    refused: Refused,
+    assert_refused: Refused,
     cli: Any,
     same_run: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -550,7 +556,7 @@ def test_disk_full_at_any_write(
     number = 1 + part * (most - 1) // 5
     with monkeypatch.context() as patch:
         _fail_at(patch, function, number)
-        refused(f"{command} run", "No space left on device", changes=True)
+        assert_refused(f"{command} run", "No space left on device", changes=True)
     assert list(place.rglob(".*")) == []
     if not (place / "run").exists():
         assert number <= 4
@@ -575,14 +581,14 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
 @pytest.mark.parametrize("room", [1, 1000, 3000])
 def test_a_truly_full_disk(
-    room: int, small_disk: Path, runs: Path, few: Path, refused: Refused, cli: Any, same_run: Any
+    room: int, small_disk: Path, runs: Path, few: Path, assert_refused: Refused, cli: Any, same_run: Any
 ) -> None:
     """A checkpoint takes 2 MB, and a second one beside it while it is written."""
     ballast, run = small_disk / "ballast", small_disk / "run"
     size = 10 * 1024 - room
     ballast.write_bytes(b"x" * (size * 1024))
     command = f"train --partition {few} --batch-size 4 --rounds 4 --quiet"
-    refused(f"{command} --out {run}", "No space left on device", str(small_disk))
+    assert_refused(f"{command} --out {run}", "No space left on device", str(small_disk))
     assert list(small_disk.rglob(".*")) == []
     ballast.unlink()
     if run.exists():
@@ -595,7 +601,7 @@ def test_a_truly_full_disk(
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_overwrite_keeps_the_old_run_until_the_new_one_stands(
-    number: int, few: Path, copies: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    number: int, few: Path, copies: Path, assert_refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk refuses once while the new folder takes the old one's place."""
     with monkeypatch.context() as patch:
@@ -608,16 +614,16 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_stands(
             real(source, target)
 
         patch.setattr(os, "replace", full)
-        refused(f"train --partition {few} --out done --overwrite --quiet", "No space left on device")
+        assert_refused(f"train --partition {few} --out done --overwrite --quiet", "No space left on device")
 
 
 @pytest.mark.parametrize("options", ["", "--overwrite"])
 def test_the_working_directory_is_no_run_folder(
-    options: str, copies: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    options: str, copies: Path, assert_refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be replaced under the feet of the caller, whose shell then stands nowhere."""
     monkeypatch.chdir(copies / ("half" if options else "empty"))
-    refused(f"train --out . {options}", "working directory", "--out")
+    assert_refused(f"train --out . {options}", "working directory", "--out")
 
 
 def test_overwrite_through_a_link(few: Path, copies: Path, runs: Path, cli: Any, same_run: Any) -> None:
