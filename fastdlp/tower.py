@@ -24,6 +24,7 @@ from torch import Tensor
 from fastdlp.bank import Adapters
 from fastdlp.kernels.attention import attention
 from fastdlp.kernels.dual_lora import RowGroups, dual_lora
+from fastdlp.kernels.frozen import frozen_linear
 from fastdlp.sites import TowerShape
 
 SITES_PER_BLOCK = 4  # qkv, out, fc1, fc2: the order of `sites.tower_sites`
@@ -163,11 +164,11 @@ class _Linears:
 
     def __call__(self, x: Tensor, linear: Linear, site: int, parts: slice = slice(None)) -> Tensor:
         """[rows, T, in] → [rows, T, out]; `site` and `parts` say which adapters belong to the weight."""
-        if self.adapters is None or self.groups is None:
-            return F.linear(x, linear.weight, linear.bias)
         rows, tokens, width = x.shape
-        A, B, c = self.adapters.site(site, parts)
         x = x.reshape(rows * tokens, width)
+        if self.adapters is None or self.groups is None:
+            return frozen_linear(x, linear.weight, linear.bias).view(rows, tokens, -1)
+        A, B, c = self.adapters.site(site, parts)
         return dual_lora(x, linear.weight, linear.bias, A, B, c, self.groups.times(tokens)).view(rows, tokens, -1)
 
 

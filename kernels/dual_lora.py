@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -134,7 +136,7 @@ class DualLoRAFunction(torch.autograd.Function):
         out = B.shape[2]
         down = A.to(x.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, x.dtype)
-        y = F.linear(x, weight, bias)
+        y = frozen_linear(x, weight, bias)
         P = x.new_empty(groups.rows, parts * rank)
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
@@ -161,7 +163,7 @@ class DualLoRAFunction(torch.autograd.Function):
         need_x = ctx.needs_input_grad[0]
         need_a, need_b, need_c = ctx.needs_input_grad[3:6]
 
-        dx = dy @ weight if need_x else None
+        dx = frozen_linear_backward(dy, weight) if need_x else None
         # A slot without rows is in no run, so its gradients stay exact zeros.
         dA = x.new_zeros(slots, parts * rank, width) if need_a else None
         T = x.new_zeros(slots, groups.views, parts, out, rank) if need_b or need_c else None
