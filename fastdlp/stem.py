@@ -22,13 +22,23 @@ class ImageStem:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[n, 3, S, S] normalised fp32 pixels → tokens [n, T, width] fp32, the class token first."""
-        x = F.conv2d(pixels, self.patches, stride=self.patches.shape[-1]).flatten(2).transpose(1, 2)
+        x = self._patches(pixels) @ self.patches.flatten(1).T
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.positions
         return (
             x
             if self.ln_pre is None
             else F.layer_norm(x, (x.shape[-1],), self.ln_pre.weight, self.ln_pre.bias, self.ln_pre.eps)
         )
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """[n, 3, S, S] → [n, patches, 3 · patch²], as a convolution with its kernel's stride sees them.
+
+        A product and not a convolution: cuDNN rounds the operands of fp32 convolutions to TF32 unless told otherwise.
+        """
+        n, channels, size = *pixels.shape[:2], self.patches.shape[-1]
+        rows, columns = pixels.shape[2] // size, pixels.shape[3] // size
+        cut = pixels[:, :, : rows * size, : columns * size].reshape(n, channels, rows, size, columns, size)
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, -1)
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,13 @@ def test_attention(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("encoder", ["image", "text"])
 @pytest.mark.parametrize("protocol", ["paper", "reference"])
 def test_training_follows_the_cpu(tmp_path: Path, protocol: str, encoder: str) -> None:
-    """Losses of two rounds in fp32: the same curve, apart from rounding. With B = 0 a first gradient may be no more
-    than rounding, and AdamW makes whole steps of it, so the learning rate is low."""
+    """Losses of two rounds in fp32: the same curve. Noise of 2e-7 in the tokens moves them by 1e-5 at the most on a
+    CPU; TF32 anywhere moves them by 5e-3."""
     curves = {}
     for device in ("cpu", "cuda"):
-        options = {"device": device, "protocol": protocol, "encoder": encoder, "precision": "fp32", "lr": 1e-4}
-        curves[device] = _losses(tmp_path / device, **options)
+        curves[device] = _losses(tmp_path / device, device=device, protocol=protocol, encoder=encoder, precision="fp32")
     for cpu, cuda in zip(curves["cpu"], curves["cuda"]):
-        assert cuda == pytest.approx(cpu, rel=5e-3, abs=1e-4)
+        assert cuda == pytest.approx(cpu, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
