@@ -5,7 +5,9 @@ The PEFT form is what its documentation shows: a Hugging Face CLIP image tower w
 four tower forwards and two backwards a step; torch's AdamW; several clients one after another. PEFT has no gate,
 so fastdlp's gates stand at one for the comparison of the losses; its timed steps train and threshold them.
 
-No row is printed before its losses agreed with those of PEFT in fp32 on the same weights, adapters and images.
+No row is printed before its losses up to the first update (both cross-entropies and the local distillation) agreed
+with those of PEFT in fp32 on the same weights, adapters and images. What PEFT's form repeats and fastdlp keeps (patch
+embedding, first teacher, the last block's other tokens) is part of the comparison.
 """
 
 from __future__ import annotations
@@ -130,7 +132,7 @@ def bench_step(
         import peft
         import transformers
     except ImportError:
-        raise FastdlpError("the PEFT baseline is not installed: pip install 'fastdlp[bench]'") from None
+        raise FastdlpError("the PEFT baseline is not installed: pip install '.[bench]' in the checkout") from None
     problem = make_problem(model, batch)
     bank = fastdlp_engine(problem, "fp32", "fresh", device).bank
 

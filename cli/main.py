@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdlp.cli.options import config_options
+from fastdlp.cli.options import check_partition_options, config_options
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 
@@ -61,6 +61,7 @@ def train(
         raise FastdlpError("--resume and --overwrite exclude each other: one keeps the run, the other replaces it")
     if resume is None:
         TrainConfig(**given).resolved()  # a wrong option is told before torch is loaded
+        check_partition_options(given)
     elif "out" in given:
         raise FastdlpError("--resume writes to the folder of its run: leave out --out")
     from fastdlp import training

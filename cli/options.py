@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from fastdlp.config import DEMONSTRATION, PAPER_LR, PROTOCOLS, TrainConfig
+from fastdlp.errors import FastdlpError
 
 WHAT, FEDERATION, OPTIMISER = "What to train", "Federation", "Optimiser and adapters"
 SWITCHES, MACHINE, RECORD = "Paper or authors' code (each switch of --protocol alone)", "Machine", "Record"
@@ -91,6 +93,14 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__annotations__ = annotations | {p.name: p.annotation for p in own}
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     return wrapped
+
+
+def check_partition_options(given: dict[str, Any]) -> None:
+    """Refuse options that a partition file has settled. Raises FastdlpError."""
+    settled = ("clients", "beta", "classes_per_client", "partition_seed", "test_fraction")
+    if Path(given.get("partition", "")).is_file() and (both := [name for name in settled if name in given]):
+        flags = ", ".join("--" + name.replace("_", "-") for name in both)
+        raise FastdlpError(f"--partition {given['partition']} settles who holds what: leave out {flags}")
 
 
 def _option(name: str, text: str, panel: str) -> Any:

@@ -6,6 +6,7 @@ Names are `{branch}/{site part}/{A|B|gate}`, for example `global/0.q/A` [r, K], 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all. Raises FastdlpError where the disk refuses."""
-    write_atomic(path, safetensors.torch.save(dict(tensors), metadata))
+    # One key: safetensors writes several in any order, and equal runs shall leave equal files.
+    write_atomic(path, safetensors.torch.save(dict(tensors), {"fastdlp": json.dumps(metadata, sort_keys=True)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -50,10 +52,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("fastdlp", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError:
         raise FastdlpError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise FastdlpError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 

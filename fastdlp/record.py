@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,16 @@ class RunFolder:
             fresh.chmod(0o777 & ~_umask())
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
-            if path.exists():
-                os.replace(path, old)  # a folder does not take the place of a full one
-            try:
-                os.replace(fresh, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
+            # A run that is still being written keeps its folder.
+            with RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext():
+                if path.exists():
+                    os.replace(path, old)  # a folder does not take the place of a full one
+                try:
+                    os.replace(fresh, path)
+                except OSError:
+                    if old.exists():
+                        os.replace(old, path)
+                    raise
         except OSError as error:
             raise FastdlpError(f"cannot write {named}: {error.strerror or error}") from None
         finally:

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastdlp
-from fastdlp.exchange import load_tensors
+from fastdlp.exchange import load_tensors, save_tensors
 from fastdlp.training import Listener, Stopped
 
 Refused = Callable[..., str]
@@ -467,15 +467,15 @@ def test_damaged_adapters(what: str, copies: Path, assert_refused: Refused) -> N
 def test_adapters_of_other_weights_shape_and_names(copies: Path, assert_refused: Refused) -> None:
     path = copies / "done/adapters/client-01.safetensors"
     tensors, about = load_tensors(path)
-    save_file(tensors, path, about | {"weights": "0" * 64})
+    save_tensors(path, tensors, about | {"weights": "0" * 64})
     assert_refused("evaluate done", "client-01.safetensors", "other weights than glyph-clip")
-    save_file(tensors | {"local/proj/A": torch.zeros(5, 128)}, path, about)
+    save_tensors(path, tensors | {"local/proj/A": torch.zeros(5, 128)}, about)
     assert_refused("evaluate done", "client-01.safetensors", "proj/A is (5, 128)")
-    save_file({n: t for n, t in tensors.items() if n != "local/proj/gate"}, path, about)
+    save_tensors(path, {n: t for n, t in tensors.items() if n != "local/proj/gate"}, about)
     assert_refused("evaluate done", "client-01.safetensors", "another shape", "proj/gate")
-    save_file({n: t for n, t in tensors.items() if n.startswith("local/")}, path, about)
+    save_tensors(path, {n: t for n, t in tensors.items() if n.startswith("local/")}, about)
     assert_refused("evaluate done", "client-01.safetensors", "another shape")
-    save_file(tensors | {"third/proj/A": torch.zeros(2, 128)}, path, about)
+    save_tensors(path, tensors | {"third/proj/A": torch.zeros(2, 128)}, about)
     assert_refused("evaluate done", "client-01.safetensors", "['global', 'local', 'third']", "['global', 'local']")
 
 
@@ -657,3 +657,10 @@ def test_the_process_says_one_line(place: Path) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
     assert "will not be unpickled" in done.stderr
     assert _tree(place) == before
+
+
+def test_options_that_a_partition_file_has_settled(few: Path, cli: Any, tmp_path: Path) -> None:
+    code, out, err = cli("train", "--partition", few, "--beta", 0.7, "--clients", 9, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert "leave out --clients, --beta" in err
+    assert not (tmp_path / "run").exists()

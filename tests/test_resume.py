@@ -295,7 +295,8 @@ def test_one_writer_at_a_time(few: Path, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
     assert cli("train", "--partition", few, "--rounds", 1, "--quiet", "--out", run)[0] == 0
     with RunFolder(run).locked():
-        code, out, err = cli("train", "--resume", run, "--rounds", 2)
-    assert (code, out) == (2, "")
-    assert f"another process is writing to {run}" in err
+        for command in (["--resume", run, "--rounds", 2], ["--out", run, "--overwrite", "--partition", few]):
+            code, out, err = cli("train", *command)
+            assert (code, out) == (2, "")
+            assert f"another process is writing to {run}" in err
     assert cli("train", "--resume", run, "--rounds", 2, "--quiet")[0] == 0
