@@ -94,9 +94,16 @@ def print_summary(summary: dict[str, Any], run: str | Path) -> None:
     title = f"{summary['method']} · {summary['dataset']} · {summary['encoder']} encoder · {summary['rounds']} rounds"
     out.print(client_table(summary["per_client"], title))
     figures = Table.grid(padding=(0, 2))
+    mark = {summary["accuracy_is"]: "   ← --report"}
     for name, value in (
-        ("accuracy, last round", f"{summary['accuracy_last']:.4f}   (zero-shot {summary['zero_shot']:.4f})"),
-        ("best round on test", f"{summary['accuracy_best_test']:.4f}   (round {summary['round_best_test']})"),
+        (
+            "accuracy, last round",
+            f"{summary['accuracy_last']:.4f}   (zero-shot {summary['zero_shot']:.4f}){mark.get('last', '')}",
+        ),
+        (
+            "best round on test",
+            f"{summary['accuracy_best_test']:.4f}   (round {summary['round_best_test']}){mark.get('best', '')}",
+        ),
         (
             "clients",
             f"mean {summary['accuracy_mean_clients']:.4f}, std {summary['clients_std']:.4f}, "

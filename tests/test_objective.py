@@ -32,7 +32,7 @@ def one(out: Outputs, slot: int) -> tuple[Tensor, Tensor, Tensor]:
     return SCALE * image @ text.T, SCALE * image @ text[labels].T, labels
 
 
-def same(objective_loss: Tensor, plain: list[Tensor], out: Outputs) -> None:
+def assert_same(objective_loss: Tensor, plain: list[Tensor], out: Outputs) -> None:
     """Values per slot, and the gradients of their sum."""
     assert torch.allclose(objective_loss, torch.stack(plain), rtol=0, atol=1e-12)
     leaves = (out.image, out.text)
@@ -47,7 +47,7 @@ def same(objective_loss: Tensor, plain: list[Tensor], out: Outputs) -> None:
 def test_cross_entropy(own_text: bool) -> None:
     out = outputs(0, own_text)
     plain = [F.cross_entropy(one(out, s)[0], one(out, s)[2]) for s in range(len(SIZES))]
-    same(Objective("cross-entropy").task(out), plain, out)
+    assert_same(Objective("cross-entropy").task(out), plain, out)
 
 
 @pytest.mark.parametrize("own_text", [False, True])
@@ -57,7 +57,7 @@ def test_contrastive(own_text: bool) -> None:
     for s, size in enumerate(SIZES):
         pairs, targets = one(out, s)[1], torch.arange(size)
         plain.append((F.cross_entropy(pairs, targets) + F.cross_entropy(pairs.T, targets)) / 2)
-    same(Objective("contrastive").task(out), plain, out)
+    assert_same(Objective("contrastive").task(out), plain, out)
 
 
 @pytest.mark.parametrize("own_text", [False, True])
@@ -80,7 +80,7 @@ def test_distillation(logits: str, direction: str, temperature: float, own_text:
         else:
             mine, theirs = one(student, s)[1], one(teacher, s)[1]
             plain.append((kl(mine, theirs) + kl(mine.T, theirs.T)) / 2)
-    same(
+    assert_same(
         Objective(kd_direction=direction, kd_temperature=temperature, kd_logits=logits).distil(student, teacher),
         plain,
         student,

@@ -55,7 +55,7 @@ def text_features(clip: Clip, groups: RowGroups | None = None, adapters: Any = N
     return clip.text.features(tokens.repeat(repeat, 1, 1), groups, adapters, index.repeat(repeat))
 
 
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6) -> None:
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6) -> None:
     assert ours.shape == theirs.shape
     if not theirs.numel():  # the gates of a branch without gate
         return
@@ -74,8 +74,8 @@ def bank_of(tower: Tower, slots: int, b_scale: float) -> AdapterBank:
 def test_frozen_features_equal_open_clip(pair: tuple[Clip, Any]) -> None:
     clip, net = pair
     with torch.no_grad():
-        close(image_features(clip, 5), net.encode_image(images(5, clip)))
-        close(text_features(clip), net.encode_text(clip.tokenize(TEXTS)))
+        assert_close(image_features(clip, 5), net.encode_image(images(5, clip)))
+        assert_close(text_features(clip), net.encode_text(clip.tokenize(TEXTS)))
     assert clip.logit_scale == pytest.approx(net.logit_scale.exp().item())
 
 
@@ -85,7 +85,7 @@ def test_adapters_at_zero_change_nothing(pair: tuple[Clip, Any]) -> None:
     bank.initialise("gaussian", {"local": [[0], [1]], "global": [[2], [2]]})
     adapters = bank.adapters(torch.tensor([0, 1]), [("local",), ("global",)], grad=False)
     with torch.no_grad():
-        close(image_features(clip, 8, RowGroups((3, 1), views=2), adapters), net.encode_image(images(8, clip)))
+        assert_close(image_features(clip, 8, RowGroups((3, 1), views=2), adapters), net.encode_image(images(8, clip)))
 
 
 @pytest.mark.parametrize("view", [("local",), ("global",), ("local", "global")])
@@ -100,9 +100,9 @@ def test_adapters_equal_weights_merged_into_open_clip(
         adapters = bank.adapters(torch.tensor([0, 1]), [view], grad=False)
         with torch.no_grad():
             if module is net:
-                close(text_features(clip, groups, adapters), merged.encode_text(clip.tokenize(TEXTS)), 1e-5)
+                assert_close(text_features(clip, groups, adapters), merged.encode_text(clip.tokenize(TEXTS)), 1e-5)
             else:
-                close(image_features(clip, 4, groups, adapters), merged.encode_image(images(4, clip)), 1e-5)
+                assert_close(image_features(clip, 4, groups, adapters), merged.encode_image(images(4, clip)), 1e-5)
 
 
 def merge(net: Any, module: Any, bank: AdapterBank, slot: int, view: tuple[str, ...]) -> Any:
@@ -148,10 +148,10 @@ def test_last_block_for_the_pooled_token_only(pair: tuple[Clip, Any]) -> None:
             loss = (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum()
             results.append((features, adapters.gradients(loss, ["local", "global"])))
         (fast, fast_grads), (plain, plain_grads) = results
-        close(fast, plain)
+        assert_close(fast, plain)
         for branch in ("local", "global"):
             for mine, theirs in zip(fast_grads[branch], plain_grads[branch]):
-                close(mine, theirs, 1e-5)
+                assert_close(mine, theirs, 1e-5)
 
 
 def test_text_cut_at_the_longest_prompt(pair: tuple[Clip, Any]) -> None:
@@ -170,7 +170,7 @@ def test_text_cut_at_the_longest_prompt(pair: tuple[Clip, Any]) -> None:
         features = clip.text.features(tokens, RowGroups((3,)), adapters, index)
         results.append((features, *adapters.gradients(features.square().sum(), ["local"])["local"]))
     for cut, full in zip(*results):
-        close(cut, full, 1e-5)
+        assert_close(cut, full, 1e-5)
 
 
 def test_bf16_stays_near_fp32(pair: tuple[Clip, Any]) -> None:
