@@ -1,6 +1,8 @@
 """The one operator of fastdlp: a frozen linear with a LoRA of its own for every group of rows.
 
-    y = x Wᵀ + b + ((x A_sᵀ) ⊙ c_g) B_sᵀ          for every row of group g, which belongs to slot s
+    y = φ(n(x) Wᵀ + b + ((n(x) A_sᵀ) ⊙ c_g) B_sᵀ) + residual      for every row of group g, which belongs to slot s
+
+n is a frozen LayerNorm, φ an activation; both and the residual may be absent.
 
 Rows are sorted: slot by slot, and within a slot one group per *view* (a view is the set of branches that
 the row sees: local, global or both). All views of a slot have the same number of rows. `A` and `B` stack
@@ -10,75 +12,62 @@ still has a gradient, and a masked branch gets exact zeros.
 
 A linear may be *packed*: `parts` adapters over one weight of parts · N rows (q, k and v of attention).
 
-Two forms live here, one beside the other:
+Three forms of it live here, beside each other:
 
 - `dual_lora_reference`: the formula, group by group, differentiated by autograd. Slow and obvious.
-- `dual_lora`: the same with its own backward. With P = x Aᵀ, B' = B · diag(c), T = dYᵀ P, Q = dY B':
+- the torch form: library products with their own backward. With P = x Aᵀ, B' = B · diag(c), T = dYᵀ P, Q = dY B':
       dX = dY W + Q A,   dA = Qᵀ X,   dB = T · diag(c),   dc = Σ_n B ⊙ T
   Neighbouring slots with equally many rows go through one batched product.
+- the Triton form, `dual_lora_ops.py`: the same backward in kernels that fuse the adapters into the frozen product,
+  the norm into the product that makes P, and activation and residual into the epilogue.
 
 Nothing here knows of clients, rounds or CLIP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdlp.kernels.activation import ACTIVATIONS
+from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
+from fastdlp.kernels.groups import RowGroups
+
+__all__ = ["DualLoRAFunction", "Norm", "RowGroups", "dual_lora", "dual_lora_reference"]
 
 
 @dataclass(frozen=True)
-class RowGroups:
-    """How the rows of a batch are split: `sizes[s]` rows in every view of slot s, `views` groups a slot."""
+class Norm:
+    """Frozen LayerNorm: weight and bias [width]."""
 
-    sizes: tuple[int, ...]
-    views: int = 1
-
-    @cached_property
-    def rows(self) -> int:
-        """Rows in all: views · Σ sizes."""
-        return self.views * sum(self.sizes)
-
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int, int, int, int], ...]:
-        """Neighbouring slots of one size, as (first slot, end slot, first row, end row, size); none is empty."""
-        runs: list[tuple[int, int, int, int, int]] = []
-        row = slot = 0
-        while slot < len(self.sizes):
-            size, end = self.sizes[slot], slot
-            while end < len(self.sizes) and self.sizes[end] == size:
-                end += 1
-            rows = (end - slot) * self.views * size
-            if rows:
-                runs.append((slot, end, row, row + rows, size))
-            row, slot = row + rows, end
-        return tuple(runs)
-
-    def times(self, tokens: int) -> RowGroups:
-        """The same groups where every row has become `tokens` rows."""
-        return self if tokens == 1 else RowGroups(tuple(n * tokens for n in self.sizes), self.views)
-
-    def groups(self) -> Iterator[tuple[int, int, int, int]]:
-        """Every group as (slot, view, first row, end row)."""
-        row = 0
-        for slot, size in enumerate(self.sizes):
-            for view in range(self.views):
-                yield slot, view, row, row + size
-                row += size
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 def dual_lora_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    groups: RowGroups,
+    *,
+    norm: Norm | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The formula, literally. Arguments, shapes and errors as in `dual_lora`; gradients by autograd."""
-    _check(x, weight, bias, A, B, c, groups)
+    _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
+    if norm is not None:
+        centred = x - x.mean(1, keepdim=True)
+        x = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
     outputs = [x.new_zeros(0, weight.shape[0])]
     for slot, view, start, end in groups.groups():
         rows = x[start:end]
@@ -88,11 +77,24 @@ def dual_lora_reference(
             for part in range(A.shape[1])
         ]
         outputs.append(y + torch.cat(delta, dim=1))
-    return torch.cat(outputs)
+    y = torch.cat(outputs)
+    y = y * torch.sigmoid(1.702 * y) if activation == "quick_gelu" else ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
 
 
 def dual_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    groups: RowGroups,
+    *,
+    norm: Norm | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Frozen linear plus every slot's LoRA, for all rows at once.
 
@@ -104,22 +106,34 @@ def dual_lora(
         B: [slots, parts, N, R] up-projections.
         c: [slots, views, parts, R] rank-space scale (scale · gate · branch mask).
         groups: the split of the M rows.
+        norm: a frozen LayerNorm that x passes first; None: x as it is.
+        activation: "none", "quick_gelu", "gelu" or "gelu_tanh", applied to the sum of linear and LoRA.
+        residual: [M, parts·N] added at the end, or None.
+        backend: "torch", "triton" (a CUDA GPU, or Triton's interpreter for tests; not fp64), or "auto": Triton where
+            its tiles were measured on that GPU's architecture, torch elsewhere.
 
     Returns:
-        [M, parts·N] in the dtype of x. Gradients flow to x, A, B and c; never to weight or bias.
+        [M, parts·N] in the dtype of x. Gradients flow to x, A, B, c and residual; never to weight, bias or norm.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes, dtypes or devices that do not fit each other, or a backend that cannot run here.
 
-    Products run in the dtype of x, so in bf16 the gradients of A and B are sums accumulated in fp32 and
-    rounded once to bf16, then returned in the dtype of A and B.
+    Products run in the dtype of x. In the torch form the gradients of A and B are sums accumulated in fp32 and rounded
+    once to that dtype; the Triton form keeps them in fp32.
     """
-    _check(x, weight, bias, A, B, c, groups)
-    return DualLoRAFunction.apply(x, weight, bias, A, B, c, groups)
+    _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
+    if choose_backend(backend, x.device, x.dtype) == "triton":
+        from fastdlp.kernels.dual_lora_ops import dual_lora_fused
+
+        return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual)
+    if norm is not None:
+        x = F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
+    y = ACTIVATIONS[activation](DualLoRAFunction.apply(x, weight, bias, A, B, c, groups))
+    return y if residual is None else residual + y
 
 
 class DualLoRAFunction(torch.autograd.Function):
-    """`dual_lora` with the backward of the module's docstring. Saves x, P and the adapters; nothing of size N."""
+    """`dual_lora` in the torch form, with the backward of the module's docstring. Saves x, P and the adapters."""
 
     @staticmethod
     def forward(
@@ -200,7 +214,18 @@ def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     return (B[:, None] * c[:, :, :, None, :]).to(dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    groups: RowGroups,
+    norm: Norm | None,
+    activation: str,
+    residual: Tensor | None,
+) -> None:
     if x.ndim != 2 or A.ndim != 4 or B.ndim != 4 or c.ndim != 4:
         raise ValueError(
             "dual_lora: x must be [M, K], A [slots, parts, R, K], B [slots, parts, N, R], c [slots, views, parts, R]"
@@ -215,8 +240,18 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     }
     if bias is not None:
         expected["bias"] = (bias, (parts * out,))
+    if norm is not None:
+        expected |= {"norm.weight": (norm.weight, (width,)), "norm.bias": (norm.bias, (width,))}
+    if residual is not None:
+        expected["residual"] = (residual, (groups.rows, parts * out))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"dual_lora: {name} is {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"dual_lora: {name} is on {tensor.device}, x on {x.device}")
+        if name in ("weight", "bias", "residual") and tensor.dtype != x.dtype:
+            raise ValueError(f"dual_lora: {name} is {tensor.dtype}, x is {x.dtype}: cast one of them")
     if len(groups.sizes) != slots:
         raise ValueError(f"dual_lora: {len(groups.sizes)} slots in the row groups, {slots} in A")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"dual_lora: unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")

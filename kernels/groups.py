@@ -1,0 +1,94 @@
+"""How the rows of a batch belong to groups, and the tables by which a kernel finds its way in them.
+
+Rows are sorted: slot by slot, and within a slot one group per *view*. All views of a slot have the same number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """How the rows of a batch are split: `sizes[s]` rows in every view of slot s, `views` groups a slot."""
+
+    sizes: tuple[int, ...]
+    views: int = 1
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows in all: views · Σ sizes."""
+        return self.views * sum(self.sizes)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """Neighbouring slots of one size, as (first slot, end slot, first row, end row, size); none is empty."""
+        runs: list[tuple[int, int, int, int, int]] = []
+        row = slot = 0
+        while slot < len(self.sizes):
+            size, end = self.sizes[slot], slot
+            while end < len(self.sizes) and self.sizes[end] == size:
+                end += 1
+            rows = (end - slot) * self.views * size
+            if rows:
+                runs.append((slot, end, row, row + rows, size))
+            row, slot = row + rows, end
+        return tuple(runs)
+
+    def times(self, tokens: int) -> RowGroups:
+        """The same groups where every row has become `tokens` rows."""
+        return self if tokens == 1 else RowGroups(tuple(n * tokens for n in self.sizes), self.views)
+
+    def groups(self) -> Iterator[tuple[int, int, int, int]]:
+        """Every group as (slot, view, first row, end row)."""
+        row = 0
+        for slot, size in enumerate(self.sizes):
+            for view in range(self.views):
+                yield slot, view, row, row + size
+                row += size
+
+    @property
+    def by_slot(self) -> RowGroups:
+        """The same rows where a slot's views are one group."""
+        return RowGroups(tuple(n * self.views for n in self.sizes))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Groups cut into runs of at most `block` rows, none of which crosses a group.
+
+    table: [3, count] int32, of (group, first row, end row). bounds: [groups / per + 1] int32, the first chunk of every
+    owner (a group, or `per` neighbouring groups together); an owner without rows has none.
+    """
+
+    table: Tensor
+    bounds: Tensor
+    count: int
+
+
+@lru_cache(maxsize=1024)
+def row_group(groups: RowGroups, device: torch.device) -> Tensor:
+    """[M] int32, the group of every row."""
+    sizes = torch.tensor(groups.sizes, dtype=torch.int64).repeat_interleave(groups.views)
+    return torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device)
+
+
+@lru_cache(maxsize=4096)
+def chunks(groups: RowGroups, block: int, per: int, device: torch.device) -> Chunks:
+    """Cut `groups` into chunks of `block` rows; `per` groups are one owner in `bounds`.
+
+    Made once for every split and kept, so that a step makes none and a CUDA graph can be captured.
+    """
+    rows: list[tuple[int, int, int]] = []
+    bounds = [0]
+    for number, (_, _, first, end) in enumerate(groups.groups()):
+        rows += [(number, at, min(at + block, end)) for at in range(first, end, block)]
+        if (number + 1) % per == 0:
+            bounds.append(len(rows))
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).T.contiguous()
+    return Chunks(table.to(device), torch.tensor(bounds, dtype=torch.int32).to(device), len(rows))

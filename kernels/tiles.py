@@ -1,0 +1,98 @@
+"""Which tile, or which form, a kernel takes for a shape: looked up in `tiles.json`, never searched for in a run.
+
+The table is by architecture, kernel, element size and shape; `fastdlp bench tune` measures it anew on a GPU and writes
+it. An architecture whose `measured` is null holds what was chosen from registers, shared memory and waves alone; there
+`--backend auto` stays with the torch form, because nobody has shown the other to be faster.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+INTERPRETER = "interpreter"
+FALLBACK = "80"  # its tiles fit 99 KB of shared memory, so they run on every later architecture
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: `blocks` are its constexprs by name, `chunk` the rows that share a partial sum.
+
+    The form "torch" leaves a product to the library.
+    """
+
+    form: str = "triton"
+    blocks: dict[str, int] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+    chunk: int = 0
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@lru_cache(maxsize=1)
+def table() -> dict[str, Any]:
+    """The checked-in table."""
+    return json.loads((files("fastdlp.kernels") / "tiles.json").read_text())
+
+
+def architecture(device: torch.device) -> str:
+    """The table's key for a device: "80", "90", or the interpreter's for a CPU."""
+    if device.type == "cpu":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    key = f"{major}{minor}"
+    return key if key in table() else FALLBACK
+
+
+def measured(device: torch.device) -> bool:
+    """Whether the table of this device's own architecture was measured on a GPU."""
+    if device.type == "cpu":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return bool(table().get(f"{major}{minor}", {}).get("measured"))
+
+
+def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, out: int = 0, width: int = 0) -> Tile:
+    """The tile of a kernel for M = rows, N = out, K = width: the first row of the table that fits.
+
+    Args:
+        kernel: name without `_kernel`; "product" comes as "product", "product_activated" and "product_backward".
+        itemsize: bytes of an element of the large operands, 2 or 4.
+
+    Raises:
+        KeyError: the table has no row for it.
+    """
+    return _lookup(architecture(device), kernel, itemsize, rows, out, width)
+
+
+@lru_cache(maxsize=4096)
+def _lookup(arch: str, kernel: str, itemsize: int, rows: int, out: int, width: int) -> Tile:
+    for row in table()[arch]["rows"]:
+        fits = row["kernel"] == kernel and itemsize in row["itemsize"]
+        if (
+            fits
+            and rows <= row.get("rows_to", rows)
+            and row.get("out", out) == out
+            and row.get("width", width) == width
+        ):
+            return tile_of(row)
+    raise KeyError(f"tiles.json has no tile for {kernel}, {itemsize} bytes, {rows} rows on {arch}")
+
+
+def tile_of(row: dict[str, Any]) -> Tile:
+    """A row of the table as a tile."""
+    return Tile(
+        **{name: value for name, value in row.items() if name in ("form", "blocks", "warps", "stages", "chunk")}
+    )
