@@ -11,8 +11,6 @@ and baddbmm_ and everything else stays.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from fastdlp.kernels import _dual_lora as jit
 from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups, chunks, row_group
+from fastdlp.kernels.launch import launch
 from fastdlp.kernels.tiles import Tile, tile_for
 
 
@@ -390,13 +389,6 @@ def _library_backward(dy: Tensor, weight: Tensor, Q: Tensor, down: Tensor, group
         shape = (s1 - s0, groups.views * size, -1)
         dx[m0:m1].view(shape).baddbmm_(Q[m0:m1].view(shape), down[s0:s1])
     return dx
-
-
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
-    """Launch on the device of the first operand; nothing to do for an empty grid."""
-    if math.prod(grid):
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            kernel[grid](first, *arguments, **options)
 
 
 def _tiles(size: int, block: int) -> int:

@@ -63,8 +63,7 @@ def dual_lora_fused(
     )[0]
 
 
-@torch.library.custom_op("fastdlp::dual_lora", mutates_args=())
-def dual_lora_op(
+def forward_pass(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -105,6 +104,9 @@ def dual_lora_op(
     )
 
 
+dual_lora_op = torch.library.custom_op("fastdlp::dual_lora", forward_pass, mutates_args=())
+
+
 @dual_lora_op.register_fake
 def _(
     x: Tensor,
@@ -137,8 +139,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastdlp::dual_lora_backward", mutates_args=())
-def dual_lora_backward_op(
+def backward_pass(
     dy: Tensor,
     x: Tensor,
     h: Tensor,
@@ -174,6 +175,9 @@ def dual_lora_backward_op(
     dA, dB, dc = sum_chunks(down_gradient(normed, Q, groups), (dB, of_slot), (dc, of_group))
     slots, parts, _, rank = B.shape
     return dx, dA.view(slots, parts, rank, -1), dB, dc.view(slots, views, parts, rank)
+
+
+dual_lora_backward_op = torch.library.custom_op("fastdlp::dual_lora_backward", backward_pass, mutates_args=())
 
 
 @dual_lora_backward_op.register_fake

@@ -8,6 +8,9 @@ it. An architecture whose `measured` is null holds what was chosen from register
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -47,8 +50,23 @@ def table() -> dict[str, Any]:
     return json.loads((files("fastdlp.kernels") / "tiles.json").read_text())
 
 
+_assumed: ContextVar[str | None] = ContextVar("architecture", default=None)
+
+
+@contextmanager
+def assume(architecture: str) -> Iterator[None]:
+    """Choose tiles for this architecture whatever the device: to compile for a GPU that is not there."""
+    token = _assumed.set(architecture)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def architecture(device: torch.device) -> str:
     """The table's key for a device: "80", "90", or the interpreter's for a CPU."""
+    if (assumed := _assumed.get()) is not None:
+        return assumed
     if device.type == "cpu":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
