@@ -67,6 +67,8 @@ HELP: dict[str, tuple[str, str]] = {
     "report": (SWITCHES, "Which round's accuracy is the run's: last, or best on test."),
     "precision": (MACHINE, "fp32 or bf16 for weights and activations; adapters, gates and moments are always fp32."),
     "device": (MACHINE, "auto, cpu, cuda or cuda:N."),
+    "backend": (MACHINE, "How the adapted linears run: triton (fused kernels, CUDA), torch (library products), or "
+                         "auto: triton on GPUs for which its tiles were measured."),
     "micro_batch": (MACHINE, "Rows that go through the tower at once. Default: what fits the memory."),
     "out": (RECORD, "Run folder. Default: a new one under runs/."),
     "checkpoint_every": (RECORD, "Rounds between checkpoints."),

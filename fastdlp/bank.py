@@ -44,6 +44,7 @@ class AdapterBank:
         branches: the branches that every slot holds.
         slots: how many clients.
         device: where the buffers live.
+        backend: form of the optimiser's update, "torch" or "triton".
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class AdapterBank:
         branches: Sequence[Branch],
         slots: int,
         device: torch.device | str = "cpu",
+        backend: str = "torch",
     ) -> None:
         self.sites = tuple(sites)
         self.branches = {branch.name: branch for branch in branches}
         self.slots = slots
-        self.device = torch.device(device)
+        self.device, self.backend = torch.device(device), backend
         self.state: dict[str, BranchState] = {}
+        self._seen: dict[tuple[str, tuple[View, ...]], Tensor] = {}
         for branch in branches:
             size = count_parameters(self.sites, branch.rank)
             gates = count_gates(self.sites, branch.rank) if branch.gated else 0
@@ -108,6 +111,13 @@ class AdapterBank:
     def adapters(self, slots: Tensor, views: Sequence[View], grad: bool) -> Adapters:
         """Shaped copies of the rows `slots` [n] for a batch whose rows see `views` (n · len(views) groups)."""
         return Adapters(self, slots, tuple(views), grad)
+
+    def seen(self, branch: str, views: tuple[View, ...]) -> Tensor:
+        """[views] fp32: the branch's scale for the views that see it, 0 for the others. Made once and kept."""
+        if (branch, views) not in self._seen:
+            scales = [self.branches[branch].scale if branch in view else 0.0 for view in views]
+            self._seen[branch, views] = torch.tensor(scales, device=self.device)
+        return self._seen[branch, views]
 
     def named(self, branch: str, slot: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """One slot's branch (or a flat row of weights without gates) as fp32 CPU tensors by name.
@@ -180,20 +190,28 @@ def spans(sites: Sequence[Site], rank: int) -> list[Span]:
 
 @dataclass
 class Adapters:
-    """The active slots' adapters of the branches that `views` name, as leaves of the autograd graph."""
+    """The active slots' adapters of the branches that `views` name.
+
+    The leaves of the autograd graph are flat rows, weights [n, D] and gates [n, Q] a branch; the sites see views of
+    them, so one backward of one split gathers all gradients.
+    """
 
     bank: AdapterBank
     slots: Tensor
     views: tuple[View, ...]
     grad: bool
-    leaves: dict[str, list[Tensor]] = field(init=False)
+    leaves: dict[str, tuple[Tensor, Tensor]] = field(init=False)
     _stacked: list[tuple[Tensor, Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.leaves = {}
+        shaped = []
         for name in dict.fromkeys(branch for view in self.views for branch in view):
-            self.leaves[name] = self._shaped(name)
-        self._stacked = [self._stack(i) for i in range(len(self.bank.sites))]
+            state = self.bank.state[name]
+            rows = (flat.index_select(0, self.slots).requires_grad_(self.grad) for flat in (state.weights, state.gates))
+            self.leaves[name] = (next(rows), next(rows))
+            shaped.append(self._shaped(name))
+        self._stacked = [_stack(site) for site in zip(*shaped)]
 
     def site(self, index: int, parts: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """A [n, parts, R, K], B [n, parts, N, R] and c [n, views, parts, R] of a site, branches stacked along R."""
@@ -202,44 +220,32 @@ class Adapters:
 
     def gradients(self, loss: Tensor, branches: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """d loss / d (weights [n, D], gates [n, Q]) of each branch, as flat fp32 rows."""
-        wanted = [leaf for name in branches for leaf in self.leaves[name]]
-        grads = torch.autograd.grad(loss, wanted)
-        n, out, at = len(self.slots), {}, 0
-        for name in branches:
-            count = len(self.leaves[name])
-            flat = [g.reshape(n, -1) for g in grads[at : at + count]]
-            at += count
-            gated = self.bank.branches[name].gated
-            per = 3 if gated else 2
-            weights = torch.cat([g for i, g in enumerate(flat) if i % per < 2], dim=1)
-            gates = torch.cat(flat[2::3], dim=1) if gated else weights.new_zeros(n, 0)
-            out[name] = (weights, gates)
-        return out
+        chosen = {name: self.leaves[name] for name in branches}
+        wanted = [leaf for leaves in chosen.values() for leaf in leaves if leaf.numel()]
+        grads = iter(torch.autograd.grad(loss, wanted))
+        return {name: (next(grads), next(grads) if gates.numel() else gates) for name, (_, gates) in chosen.items()}
 
-    def _shaped(self, name: str) -> list[Tensor]:
-        branch, state = self.bank.branches[name], self.bank.state[name]
-        n, rank = len(self.slots), branch.rank
-        weights, gates = state.weights.index_select(0, self.slots), state.gates.index_select(0, self.slots)
-        leaves: list[Tensor] = []
-        for site, span in zip(self.bank.sites, spans(self.bank.sites, rank)):
+    def _shaped(self, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """A, B and c of one branch, site by site."""
+        sites, rank = self.bank.sites, self.bank.branches[name].rank
+        weights, gates = self.leaves[name]
+        n, counts = len(self.slots), [len(site.parts) * rank for site in sites]
+        lengths = [(count * site.in_features, count * site.out_features) for site, count in zip(sites, counts)]
+        pieces = iter(weights.split([length for pair in lengths for length in pair], dim=1))
+        seen = self.bank.seen(name, self.views)[None, :, None]
+        scales = gates[:, None] * seen if gates.shape[1] else seen.repeat(n, 1, sum(counts))
+        shaped = []
+        for site, c in zip(sites, scales.split(counts, dim=2)):
             parts = len(site.parts)
-            leaves.append(weights[:, span.a].view(n, parts, rank, site.in_features))
-            leaves.append(weights[:, span.b].view(n, parts, site.out_features, rank))
-            if branch.gated:
-                leaves.append(gates[:, span.gate].view(n, parts, rank))
-        return [leaf.detach().requires_grad_(self.grad) for leaf in leaves]
+            a = next(pieces).view(n, parts, rank, site.in_features)
+            b = next(pieces).view(n, parts, site.out_features, rank)
+            shaped.append((a, b, c.view(n, len(self.views), parts, rank)))
+        return shaped
 
-    def _stack(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        A, B, per_view = [], [], []
-        for name, leaves in self.leaves.items():
-            branch = self.bank.branches[name]
-            per = 3 if branch.gated else 2
-            a, b = leaves[index * per], leaves[index * per + 1]
-            A.append(a)
-            B.append(b)
-            gate = leaves[index * per + 2] if branch.gated else a.new_ones(a.shape[:3])
-            seen = a.new_tensor([branch.scale if name in view else 0.0 for view in self.views])
-            per_view.append(gate[:, None] * seen[None, :, None, None])
-        if len(A) == 1:
-            return A[0], B[0], per_view[0]
-        return torch.cat(A, dim=2), torch.cat(B, dim=3), torch.cat(per_view, dim=3)
+
+def _stack(branches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and c of a site with the branches side by side along the rank."""
+    if len(branches) == 1:
+        return branches[0]
+    A, B, c = zip(*branches)
+    return torch.cat(A, dim=2), torch.cat(B, dim=3), torch.cat(c, dim=3)

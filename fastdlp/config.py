@@ -114,6 +114,7 @@ class TrainConfig:
     # machine
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    backend: Literal["auto", "triton", "torch"] = "auto"
     micro_batch: int | None = None
 
     # record

@@ -222,5 +222,6 @@ class _Step:
         adapters = self._live[branches[0]]
         grads = adapters.gradients(loss.sum(), branches)
         for name in branches:
-            update(self.engine.bank.state[name], self.slots, grads[name], self.engine.hyper)
+            bank = self.engine.bank
+            update(bank.state[name], self.slots, grads[name], self.engine.hyper, bank.backend)
             del self._live[name]

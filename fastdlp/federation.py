@@ -22,6 +22,7 @@ from fastdlp.data.sources import load_source
 from fastdlp.data.transform import Transform
 from fastdlp.engine import Engine, Schedule, Slot
 from fastdlp.errors import FastdlpError
+from fastdlp.kernels.backend import choose_backend
 from fastdlp.methods import make_method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
@@ -107,6 +108,7 @@ def prepare(
     config = replace(config, clients=partition.clients)
 
     dtype = DTYPES[config.precision]
+    config = replace(config, backend=pick_backend(config.backend, device, dtype))
     sites = tower_sites(clip.tower(config.encoder).shape)
     tell("frozen features")
     task, rows, tokens = _make_task(config, clip, pixels, transform, device, dtype)
@@ -114,7 +116,7 @@ def prepare(
         config = replace(config, micro_batch=_micro_batch(clip.tower(config.encoder), tokens, dtype, device, rows))
 
     try:
-        bank = AdapterBank(sites, method.branches(), partition.clients, device)
+        bank = AdapterBank(sites, method.branches(), partition.clients, device, config.backend)
     except RuntimeError:  # torch's for memory that it does not get
         raise FastdlpError(
             f"the adapters of {partition.clients} clients do not fit the memory: use a smaller "
@@ -164,6 +166,18 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
         )
     return device
+
+
+def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The form of the kernels that `--backend` names, "triton" or "torch".
+
+    Raises:
+        FastdlpError: Triton asked for where it cannot run.
+    """
+    try:
+        return choose_backend(name, device, dtype)
+    except ValueError as error:
+        raise FastdlpError(f"--backend {name}: {error}") from None
 
 
 def read_pixels(
@@ -226,7 +240,7 @@ def _make_task(
     prompts = tuple(
         _prompts(clip, text_stem, class_prompts(pixels.class_names, t), device, dtype) for t in (captions, template)
     )
-    image, text = clip.image.to(device, dtype), clip.text.to(device, dtype)
+    image, text = (replace(tower.to(device, dtype), backend=config.backend) for tower in (clip.image, clip.text))
     if config.encoder == "text":
         features = frozen_image_features(image, image_stem, batches)
         task = TextTask(text, (prompts[0], prompts[1]), features, clip.logit_scale)

@@ -22,21 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bank import Adapters
+from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.attention import attention
-from fastdlp.kernels.dual_lora import RowGroups, dual_lora
+from fastdlp.kernels.dual_lora import Norm, RowGroups, dual_lora
 from fastdlp.kernels.frozen import frozen_linear
 from fastdlp.sites import TowerShape
 
 SITES_PER_BLOCK = 4  # qkv, out, fc1, fc2: the order of `sites.tower_sites`
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm weights [width]."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,7 @@ class Tower:
     pool: str
     norm_after_pool: bool = False
     pooled_only: bool = True  # the last block for the pooled token only; exact, off only to be compared
+    backend: str = "torch"  # form of the adapted linears: "torch" or "triton"
 
     @property
     def shape(self) -> TowerShape:
@@ -106,18 +99,19 @@ class Tower:
         Returns:
             [rows, embed] fp32.
         """
-        linear = _Linears(groups, adapters)
+        linear = _Linears(groups, adapters, self.backend)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if i == last and self.pooled_only and self.pool != "avg":
                 x = self._last_block(x, block, SITES_PER_BLOCK * i, linear, index)
             else:
                 x = self._block(x, block, SITES_PER_BLOCK * i, linear)
-        if self.norm_after_pool:
-            x = _norm(self._pooled(x, index), self.ln_post)
-        else:
-            x = self._pooled(_norm(x, self.ln_post), index)
-        return linear(x[:, None], self.proj, SITES_PER_BLOCK * len(self.blocks))[:, 0].float()
+        # The norm is row by row, so for one token of many it goes behind the pooling whatever the model's order.
+        norm = self.ln_post
+        if self.pool == "avg" and not self.norm_after_pool:
+            x, norm = F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps), None
+        x = linear(self._pooled(x, index)[:, None], self.proj, SITES_PER_BLOCK * len(self.blocks), norm=norm)
+        return x[:, 0].float()
 
     def _pooled(self, x: Tensor, index: Tensor | None) -> Tensor:
         if x.shape[1] == 1:
@@ -128,31 +122,30 @@ class Tower:
 
     def _block(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
         rows, tokens, width = x.shape
-        qkv = linear(_norm(x, block.ln1), block.qkv, site)
+        qkv = linear(x, block.qkv, site, norm=block.ln1)
         q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         a = attention(q, k, v, _causal(tokens, x.device) if self.causal else None)
-        x = x + _scaled(linear(_joined(a), block.out, site + 1), block.ls1)
+        x = _added(x, linear, _joined(a), block.out, site + 1, block.ls1)
         return self._mlp(x, block, site, linear)
 
     def _last_block(self, x: Tensor, block: Block, site: int, linear: _Linears, index: Tensor | None) -> Tensor:
         """The block's value at the pooled token, [rows, 1, width]: keys and values of all, one query a row."""
         rows, tokens, width = x.shape
-        h = _norm(x, block.ln1)
-        q = linear(_take(h, index), _part(block.qkv, 0, 1), site, slice(0, 1))
-        kv = linear(h, _part(block.qkv, 1, 3), site, slice(1, 3))
+        pooled = _take(x, index)
+        q = linear(pooled, _part(block.qkv, 0, 1), site, slice(0, 1), norm=block.ln1)
+        kv = linear(x, _part(block.qkv, 1, 3), site, slice(1, 3), norm=block.ln1)
         q = q.view(rows, 1, self.heads, width // self.heads).transpose(1, 2)
         k, v = kv.view(rows, tokens, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None
         if self.causal and index is not None:
             mask = (torch.arange(tokens, device=x.device) <= index[:, None])[:, None, None, :]
         a = attention(q, k, v, mask)
-        x = _take(x, index) + _scaled(linear(_joined(a), block.out, site + 1), block.ls1)
+        x = _added(pooled, linear, _joined(a), block.out, site + 1, block.ls1)
         return self._mlp(x, block, site, linear)
 
     def _mlp(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
-        h = linear(_norm(x, block.ln2), block.fc1, site + 2)
-        h = linear(ACTIVATIONS[self.activation](h), block.fc2, site + 3)
-        return x + _scaled(h, block.ls2)
+        h = linear(x, block.fc1, site + 2, norm=block.ln2, activation=self.activation)
+        return _added(x, linear, h, block.fc2, site + 3, block.ls2)
 
 
 @dataclass(frozen=True)
@@ -161,36 +154,49 @@ class _Linears:
 
     groups: RowGroups | None
     adapters: Adapters | None
+    backend: str
 
-    def __call__(self, x: Tensor, linear: Linear, site: int, parts: slice = slice(None)) -> Tensor:
-        """[rows, T, in] → [rows, T, out]; `site` and `parts` say which adapters belong to the weight."""
+    def __call__(
+        self,
+        x: Tensor,
+        linear: Linear,
+        site: int,
+        parts: slice = slice(None),
+        norm: Norm | None = None,
+        activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """residual + φ(linear(norm(x))): [rows, T, in] → [rows, T, out]; `site`, `parts`: which adapters."""
         rows, tokens, width = x.shape
         x = x.reshape(rows * tokens, width)
+        skip = None if residual is None else residual.reshape(rows * tokens, -1)
         if self.adapters is None or self.groups is None:
-            return frozen_linear(x, linear.weight, linear.bias).view(rows, tokens, -1)
-        A, B, c = self.adapters.site(site, parts)
-        return dual_lora(x, linear.weight, linear.bias, A, B, c, self.groups.times(tokens)).view(rows, tokens, -1)
+            h = x if norm is None else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
+            y = ACTIVATIONS[activation](frozen_linear(h, linear.weight, linear.bias))
+            y = y if skip is None else skip + y
+        else:
+            A, B, c = self.adapters.site(site, parts)
+            y = dual_lora(
+                x,
+                linear.weight,
+                linear.bias,
+                A,
+                B,
+                c,
+                self.groups.times(tokens),
+                norm=norm,
+                activation=activation,
+                residual=skip,
+                backend=self.backend,
+            )
+        return y.view(rows, tokens, -1)
 
 
-class _QuickGELU(torch.autograd.Function):
-    """x · sigmoid(1.702 x), keeping x alone for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * 1.702).div_(1.702)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0], x * 1.702)
-
-
-ACTIVATIONS = {
-    "quick_gelu": _QuickGELU.apply,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+def _added(x: Tensor, linear: _Linears, h: Tensor, weights: Linear, site: int, scale: Tensor | None) -> Tensor:
+    """x + LayerScale · linear(h); one kernel adds where there is no LayerScale."""
+    if scale is None:
+        return linear(h, weights, site, residual=x)
+    return x + scale * linear(h, weights, site)
 
 
 def _part(linear: Linear, first: int, end: int) -> Linear:
@@ -200,17 +206,9 @@ def _part(linear: Linear, first: int, end: int) -> Linear:
     return Linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def _norm(x: Tensor, norm: Norm) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
-
-
 def _joined(heads: Tensor) -> Tensor:
     """[rows, heads, T, d] → [rows, T, heads · d]."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:

@@ -420,8 +420,9 @@ def down_gradient_kernel(
 def _sum_chunks(part_ptr, out_ptr, bounds_ptr, segment, tile, D, BLOCK: tl.constexpr):
     at = tile * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    start = tl.full((), 0, tl.int64)
     for chunk in range(tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)):
-        acc += tl.load(part_ptr + chunk * D.to(tl.int64) + at, mask=at < D, other=0.0)
+        acc += tl.load(part_ptr + (start + chunk) * D + at, mask=at < D, other=0.0)
     tl.store(out_ptr + segment.to(tl.int64) * D + at, acc, mask=at < D)
 
 

@@ -8,6 +8,7 @@ import os
 import torch
 
 from fastdlp.kernels import tiles
+from fastdlp.kernels.launch import is_dry
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,16 +35,23 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if not _installed():
-        raise ValueError("backend triton: the package triton is not installed (pip install triton)")
+        raise ValueError("the package triton is not installed: pip install triton, or use the backend torch")
     if dtype not in DTYPES:
-        raise ValueError(f"backend triton takes fp32, fp16 and bf16, not {dtype}: use the backend torch")
-    if device.type != "cuda" and not interpreted():
+        raise ValueError(f"Triton's kernels take fp32, fp16 and bf16, not {dtype}: use the backend torch")
+    if device.type == "cuda" or is_dry():
+        return backend
+    if not interpreted():
         raise ValueError(
-            f"backend triton needs a CUDA GPU, not {device.type} (TRITON_INTERPRET=1 runs it there, slowly, for tests)"
+            f"Triton needs a CUDA GPU, not {device.type} (TRITON_INTERPRET=1 runs it there, slowly, for tests)"
         )
-    if device.type != "cuda" and dtype == torch.bfloat16:
-        raise ValueError("backend triton: the interpreter computes bf16 products wrongly; use fp32 or fp16 there")
+    if dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bf16 products wrongly: use fp32 or fp16 there")
     return backend
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of Dynamo: for a device and dtype the answer
+# never changes, so a compiled graph takes it as it is.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _installed() -> bool:

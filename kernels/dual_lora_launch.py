@@ -407,7 +407,8 @@ def _rank_block(rank: int) -> int:
 
 def _precision(x: Tensor) -> str:
     """tf32 for fp32 only where torch allows it for its own products."""
-    return "tf32" if x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if x.is_cuda and x.dtype == torch.float32 and allowed else "ieee"
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

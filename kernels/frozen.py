@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGE = 2e7  # M · K · N above which the convolution won on that machine
+ONEDNN = torch.backends.mkldnn.is_available()  # asked here, because torch.compile cannot trace the question
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: x [M, K], weight [N, K], bias [N] or None → [M, N], contiguous, in the dtype of x."""
     (rows, width), out = x.shape, weight.shape[0]
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN
     if not onednn or rows * width * out < LARGE:
         return F.linear(x, weight, bias)
     pixels = x.contiguous().view(1, 1, rows, width).permute(0, 3, 1, 2)

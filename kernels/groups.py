@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+Run = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -20,25 +23,15 @@ class RowGroups:
     sizes: tuple[int, ...]
     views: int = 1
 
-    @cached_property
+    @property
     def rows(self) -> int:
         """Rows in all: views · Σ sizes."""
         return self.views * sum(self.sizes)
 
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int, int, int, int], ...]:
+    @property
+    def runs(self) -> tuple[Run, ...]:
         """Neighbouring slots of one size, as (first slot, end slot, first row, end row, size); none is empty."""
-        runs: list[tuple[int, int, int, int, int]] = []
-        row = slot = 0
-        while slot < len(self.sizes):
-            size, end = self.sizes[slot], slot
-            while end < len(self.sizes) and self.sizes[end] == size:
-                end += 1
-            rows = (end - slot) * self.views * size
-            if rows:
-                runs.append((slot, end, row, row + rows, size))
-            row, slot = row + rows, end
-        return tuple(runs)
+        return _runs(self)
 
     def times(self, tokens: int) -> RowGroups:
         """The same groups where every row has become `tokens` rows."""
@@ -56,6 +49,21 @@ class RowGroups:
     def by_slot(self) -> RowGroups:
         """The same rows where a slot's views are one group."""
         return RowGroups(tuple(n * self.views for n in self.sizes))
+
+
+@lru_cache(maxsize=1024)
+def _runs(groups: RowGroups) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    row = slot = 0
+    while slot < len(groups.sizes):
+        size, end = groups.sizes[slot], slot
+        while end < len(groups.sizes) and groups.sizes[end] == size:
+            end += 1
+        rows = (end - slot) * groups.views * size
+        if rows:
+            runs.append((slot, end, row, row + rows, size))
+        row, slot = row + rows, end
+    return tuple(runs)
 
 
 @dataclass(frozen=True)

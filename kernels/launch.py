@@ -40,6 +40,12 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *operands: Any, **
         kernel[grid](first, *operands, **options)
 
 
+def is_dry() -> bool:
+    """Whether launches are only listed here, so that no device is needed for them."""
+    recorder = _recorder.get()
+    return recorder is not None and recorder[1]
+
+
 @contextmanager
 def recording(dry: bool = False) -> Iterator[list[Launch]]:
     """List what is launched inside; with `dry` nothing is, so operands may be on the device "meta"."""

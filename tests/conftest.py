@@ -1,16 +1,24 @@
-"""A cache of the session's own, a tiny federation of three clients, and the command line called in-process."""
+"""A cache of the session's own, a tiny federation of three clients, the command line called in-process, and where and
+how the Triton kernels are launched."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 CLI = Callable[..., tuple[int, str, str]]
+BAND = 64  # elements on either side of a guarded operand
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,3 +80,76 @@ def same_run() -> Callable[[Path, Path], None]:
         assert different == []
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run: on the GPU, and without one in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The precision that a test is parametrized with (indirect); "tf32" lets torch compute fp32 products in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param == "tf32"
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch allocates without initialising it holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def guarded(nan_filled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch every kernel of the dual-LoRA operator on copies of its operands between bands of NaN.
+
+    What is read beyond an end is NaN, what is written there is an error, and so is an output left unwritten (NaN).
+    """
+    from fastdlp.kernels import dual_lora_launch
+    from fastdlp.kernels.launch import launch
+
+    def launch_guarded(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
+        bands = [_Banded(operand) if isinstance(operand, Tensor) else operand for operand in operands]
+        launch(kernel, grid, *(band.inside if isinstance(band, _Banded) else band for band in bands), **options)
+        for at, band in enumerate(bands):
+            if isinstance(band, _Banded):
+                band.take_back(f"operand {at} of {kernel.__name__}")
+
+    monkeypatch.setattr(dual_lora_launch, "launch", launch_guarded)
+
+
+class _Banded:
+    """A copy of a tensor, strides and all, between bands of NaN (of zeros where it holds integers)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.original = _flat(tensor)
+        padding = float("nan") if tensor.is_floating_point() else 0
+        self.buffer = tensor.new_full((len(self.original) + 2 * BAND,), padding)
+        self.content = self.buffer[BAND : BAND + len(self.original)]
+        self.content.copy_(self.original)
+        self.inside = self.content.as_strided(tensor.shape, tensor.stride(), BAND)
+        self.bands = torch.cat([self.buffer[:BAND], self.buffer[-BAND:]])
+
+    def take_back(self, what: str) -> None:
+        after = torch.cat([self.buffer[:BAND], self.buffer[-BAND:]])
+        assert torch.equal(_bits(after), _bits(self.bands)), f"{what}: written beyond an end"
+        if not torch.equal(_bits(self.content), _bits(self.original)):
+            self.original.copy_(self.content)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The stretch of memory from a tensor's first to its last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.detach().as_strided((last + 1 if tensor.numel() else 0,), (1,))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

@@ -1,0 +1,194 @@
+"""AdamW over rows of stacked parameters: every row with its own learning rate, step count, clip norm and threshold.
+
+Two stacks are stepped together: the weights, whose gradients are clipped by each row's own 2-norm, and their gates,
+which are never clipped but thresholded after the step. For row i of the gradients, which belongs to slot s = slots[i]:
+
+    g ← g · min(1, clip_norm / (‖g‖ + 1e-6))                      weights only, and only with a clip norm
+    m ← m + (1 − β₁)(g − m),   v ← β₂ v + (1 − β₂) g²
+    p ← p (1 − lr_s · decay) − lr_s / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)      t = steps[s], this one included
+    p ← T_ξ(p)                                                    gates only
+
+Two forms, one signature: `adamw_reference` is the arithmetic of `torch.optim.AdamW` and
+`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_fused` is one launch for weights and gates,
+with clipping a launch before it for the norms; one tiny torch operation more counts the step. What was declined:
+counting the step in the launch that reads the count (its programs run in no order), and a norm from atomics.
+
+Nothing here knows of clients or branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdlp.kernels.launch import launch
+from fastdlp.kernels.tiles import tile_for
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parameters of all slots with their moments, and the gradients of the rows to be stepped; fp32."""
+
+    params: Tensor  # [slots, D]
+    m: Tensor  # [slots, D]
+    v: Tensor  # [slots, D]
+    lr: Tensor  # [slots]
+    grads: Tensor  # [n, D]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows share."""
+
+    clip_norm: float  # 0: no clipping
+    threshold: str  # "soft" or "reference"
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+
+
+def adamw_reference(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """One step on the rows `slots` of both stacks, in place.
+
+    Args:
+        weights: the stack that is clipped, [slots, D].
+        gates: the stack that is thresholded, [slots, Q]; Q may be 0.
+        slots: [n] int64 row numbers, each at most once.
+        steps: [slots] int64, steps done; counted up here.
+        xi: [slots] fp32 thresholds, not scaled by the learning rate.
+    """
+    weight_grads = weights.grads
+    if settings.clip_norm > 0:
+        weight_grads = clip_rows(weight_grads, settings.clip_norm)
+    t = steps[slots] + 1
+    steps.index_copy_(0, slots, t)
+    _adamw(weights, weight_grads, slots, t, settings)
+    if gates.grads.shape[1]:
+        p = _adamw(gates, gates.grads, slots, t, settings)
+        gates.params.index_copy_(0, slots, THRESHOLDS[settings.threshold](p, xi[slots, None]))
+
+
+def clip_rows(grads: Tensor, max_norm: float) -> Tensor:
+    """Scale every row [D] whose 2-norm exceeds `max_norm` down to it (clip_grad_norm_, row by row)."""
+    norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
+    return grads * (max_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def soft_threshold(v: Tensor, xi: Tensor) -> Tensor:
+    """T_ξ(v) = sign(v) · max(|v| − ξ, 0) (SoRA; section IV of the FEDDLP paper)."""
+    return v.sign() * (v.abs() - xi).clamp(min=0)
+
+
+def reference_threshold(v: Tensor, xi: Tensor) -> Tensor:
+    """What the authors' code does, in its order: shrink by ξ, then zero all below ξ. Its dead zone is 2ξ wide."""
+    v = torch.where(v > xi, v - xi, v)
+    v = torch.where(v < -xi, v + xi, v)
+    return torch.where(v.abs() < xi, torch.zeros_like(v), v)
+
+
+THRESHOLDS = {"soft": soft_threshold, "reference": reference_threshold}
+
+
+def _adamw(stack: Stack, grads: Tensor, slots: Tensor, steps: Tensor, settings: Settings) -> Tensor:
+    """The rows' new parameters [n, D], written to the stack as well; `steps` [n] of the rows."""
+    beta1, beta2 = settings.betas
+    new_m = stack.m.index_select(0, slots).lerp_(grads, 1 - beta1)
+    new_v = stack.v.index_select(0, slots).mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+    stack.m.index_copy_(0, slots, new_m)
+    stack.v.index_copy_(0, slots, new_v)
+    # Bias corrections in fp64: 1 - 0.999^t loses half its digits in fp32 at small t.
+    t, lr = steps.double(), stack.lr[slots]
+    step_size = (lr.double() / (1 - beta1**t)).float()[:, None]
+    root_correction = (1 - beta2**t).sqrt().float()[:, None]
+    p = stack.params.index_select(0, slots)
+    if settings.weight_decay:
+        p.mul_(1 - lr[:, None] * settings.weight_decay)
+    p.sub_(step_size * (new_m / (new_v.sqrt_().div_(root_correction).add_(settings.eps))))
+    stack.params.index_copy_(0, slots, p)
+    return p
+
+
+def adamw_fused(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """`adamw_reference` in the Triton form; same arguments. Can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: a threshold, a shape or a memory layout that the kernels do not take.
+    """
+    from fastdlp.kernels import _adamw as jit
+
+    _check(weights, gates, slots, steps, xi, settings)
+    steps.scatter_(0, slots, 1, reduce="add")
+    n, D = weights.grads.shape
+    Q = gates.grads.shape[1]
+    shares = _row_norms(weights.grads) if settings.clip_norm > 0 else None
+    count = 0 if shares is None else shares.shape[1]
+    tile = tile_for("adamw", weights.params.device, 4)
+    launch(
+        jit.adamw_kernel,
+        (_tiles(D, tile["BLOCK"]) + _tiles(Q, tile["BLOCK"]), n),
+        weights.params,
+        weights.m,
+        weights.v,
+        weights.grads,
+        gates.params,
+        gates.m,
+        gates.v,
+        gates.grads,
+        slots,
+        steps,
+        weights.lr,
+        gates.lr,
+        xi,
+        shares,
+        D,
+        Q,
+        count,
+        float(settings.clip_norm),  # Triton takes an operand's type from Python's
+        float(settings.weight_decay),
+        float(settings.eps),
+        BETA1=settings.betas[0],
+        BETA2=settings.betas[1],
+        CLIP=shares is not None,
+        THRESHOLD=settings.threshold,
+        BLOCK_SHARES=1 << max(count - 1, 0).bit_length(),  # the next power of two: what tl.arange takes
+        **tile.launch,
+    )
+
+
+def _row_norms(grads: Tensor) -> Tensor:
+    """Σ g² of every chunk of every row: grads [n, D] → [n, chunks]."""
+    from fastdlp.kernels import _adamw as jit
+
+    n, D = grads.shape
+    tile = tile_for("row_norms", grads.device, 4)
+    shares = grads.new_empty(n, _tiles(D, tile.chunk))
+    launch(jit.row_norms_kernel, (shares.shape[1], n), grads, shares, D, CHUNK=tile.chunk, **tile.launch)
+    return shares
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _check(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """What torch checks in the reference: a kernel reads wherever it is sent."""
+    if settings.threshold not in THRESHOLDS:
+        raise ValueError(f"adamw: unknown threshold {settings.threshold!r}: choose from {', '.join(THRESHOLDS)}")
+    count, fp32 = len(steps), torch.float32
+    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+        "slots": (slots, (len(slots),), torch.int64),
+        "steps": (steps, (count,), torch.int64),
+        "xi": (xi, (count,), fp32),
+    }
+    for name, stack in (("weights", weights), ("gates", gates)):
+        width = stack.params.shape[-1]
+        expected |= {f"{name}.{field}": (getattr(stack, field), (count, width), fp32) for field in ("params", "m", "v")}
+        expected[f"{name}.lr"] = (stack.lr, (count,), fp32)
+        expected[f"{name}.grads"] = (stack.grads, (len(slots), width), fp32)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"adamw: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+        if tensor.device != steps.device or not tensor.is_contiguous():
+            raise ValueError(f"adamw: {name} must be contiguous and on {steps.device}, the device of steps")
