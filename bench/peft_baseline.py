@@ -148,7 +148,7 @@ def hugging_face_tower(clip: Clip) -> nn.Module:
             ("layer_norm1", block.ln1),
             ("layer_norm2", block.ln2),
         ):
-            state |= {f"{at}{name}.weight": part.weight, f"{at}{name}.bias": part.bias}  # type: ignore[dict-item]
+            state |= {f"{at}{name}.weight": part.weight, f"{at}{name}.bias": part.bias}
     own = model.state_dict()
     full = {}
     for name in own:

@@ -17,8 +17,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ from fastdlp.task import ImageTask
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # relative, of each loss against PEFT in fp32
 
 
-def fastdlp_engine(problem: Problem, precision: str, teacher: str, device: torch.device, clients: int = 1) -> Engine:
+def fastdlp_engine(
+    problem: Problem, precision: str, teacher: str, device: torch.device, clients: int = 1, backend: str = "torch"
+) -> Engine:
     """An engine whose round is one step of `clients` clients with a full batch each."""
     config = TrainConfig(method="feddlp", teacher=teacher).resolved()  # type: ignore[arg-type]
     clip, batch = problem.clip, len(problem.labels)
     method = make_method(config)
-    bank = AdapterBank(tower_sites(clip.image.shape), method.branches(), clients, device)
+    bank = AdapterBank(tower_sites(clip.image.shape), method.branches(), clients, device, backend)
     bank.initialise("gaussian", {"local": [[0, 2]] * clients, "global": [[0, 3]] * clients})
     generator = torch.Generator().manual_seed(1)
     for state in bank.state.values():  # B away from zero, so that every term of the step is live
@@ -56,7 +58,7 @@ def fastdlp_engine(problem: Problem, precision: str, teacher: str, device: torch
     stem = moved_stem(clip.image_stem, device)
     text = problem.text.to(device)
     task = ImageTask(
-        clip.image.to(device, DTYPES[precision]),
+        replace(clip.image.to(device, DTYPES[precision]), backend=backend),
         stem,
         _Pixels(problem.pixels),
         (text, text),
@@ -109,7 +111,7 @@ class Row:
     ms_20: float
     ms_50: float
     ms_80: float
-    times_peft: float  # PEFT in this dtype
+    times_baseline: float  # the baseline in this dtype
     times_first: float  # the first row
     worst_loss_error: float
 
@@ -122,32 +124,37 @@ def bench_step(
     device: torch.device,
     tell: Callable[[str], None],
     clients: int = 1,
+    backends: Sequence[str] = ("torch",),
+    with_peft: bool = True,
 ) -> dict[str, Any]:
-    """Measure all forms in one run; checks each form's losses first.
+    """Measure all forms in one run, fastdlp's in each backend; checks each form's losses first.
+
+    Without PEFT the first form of fastdlp is the baseline, for the ratios and for the losses.
 
     Raises:
-        FastdlpError: PEFT is not installed, or a form's losses are not those of PEFT in fp32.
+        FastdlpError: PEFT is wanted and not installed, or a form's losses are not the baseline's in fp32.
     """
-    try:
-        import peft
-        import transformers
-    except ImportError:
-        raise FastdlpError("the PEFT baseline is not installed: pip install '.[bench]' in the checkout") from None
+    versions = {"torch": torch.__version__, **(peft_versions() if with_peft else {})}
     problem = make_problem(model, batch)
     bank = fastdlp_engine(problem, "fp32", "fresh", device).bank
 
-    def engine_step(precision: str, teacher: str) -> Losses:
-        return _engine_step(fastdlp_engine(problem, precision, teacher, device, clients))
+    def engine_form(name: str, passes: tuple[int, int], teacher: str, backend: str) -> Form:
+        def make(precision: str) -> Losses:
+            return _engine_step(fastdlp_engine(problem, precision, teacher, device, clients, backend))
 
-    forms = (
-        Form("PEFT", 4, 2, lambda p: PeftStep(problem, p, "default", device, bank), sequential=True),
-        Form("PEFT, adapters cast", 4, 2, lambda p: PeftStep(problem, p, "cast", device, bank), sequential=True),
-        Form("fastdlp", 3, 2, lambda p: engine_step(p, "fresh")),
-        Form("fastdlp --teacher pre-update", 2, 2, lambda p: engine_step(p, "pre-update")),
-    )
-    # In fp32 nothing is cast: the second form is the first.
-    chosen = [(f, p) for p in precisions for f in forms if not (f is forms[1] and p == "fp32")]
-    expected = PeftStep(problem, "fp32", "default", device, bank)()
+        return Form(name + (" --backend triton" if backend == "triton" else ""), *passes, make)
+
+    cast = Form("PEFT, adapters cast", 4, 2, lambda p: PeftStep(problem, p, "cast", device, bank), sequential=True)
+    forms: list[Form] = []
+    if with_peft:
+        forms.append(Form("PEFT", 4, 2, lambda p: PeftStep(problem, p, "default", device, bank), sequential=True))
+        forms.append(cast)
+    for backend in backends:
+        forms.append(engine_form("fastdlp", (3, 2), "fresh", backend))
+        forms.append(engine_form("fastdlp --teacher pre-update", (2, 2), "pre-update", backend))
+    # In fp32 nothing is cast: that form is PEFT's default.
+    chosen = [(f, p) for p in precisions for f in forms if not (f is cast and p == "fp32")]
+    expected = forms[0].make("fp32")()
     steps = [_checked(form, precision, expected, tell) for form, precision in chosen]
     times: list[list[float]] = [[] for _ in steps]
     for repeat in range(repeats):  # in turn, so that a disturbance of the machine meets every form
@@ -157,33 +164,45 @@ def bench_step(
     rows = []
     for (form, precision), (_, error), seconds in zip(chosen, steps, times):
         q, middle = statistics.quantiles(seconds, n=5, method="inclusive"), statistics.median(seconds)
-        peft_time = statistics.median(times[chosen.index((forms[0], precision))])
-        ratios = peft_time / middle, statistics.median(times[0]) / middle
+        baseline = statistics.median(times[chosen.index((forms[0], precision))])
+        ratios = baseline / middle, statistics.median(times[0]) / middle
         quantiles = q[0] * 1e3, middle * 1e3, q[3] * 1e3
         rows.append(Row(form.name, precision, form.forwards, form.backwards, *quantiles, *ratios, error))
-    versions = {"torch": torch, "peft": peft, "transformers": transformers}
     return {
         "what": f"one FEDDLP step, {model}, image encoder, {clients} × {batch} images, random weights",
+        "baseline": forms[0].name,
         "clients": clients,
         "batch_size": batch,
         "rows": [vars(row) for row in rows],
         "repeats": repeats,
         **machine(device),
-        "versions": {n: m.__version__ for n, m in versions.items()} | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
     }
+
+
+def peft_versions() -> dict[str, str]:
+    """What a result with PEFT's rows names. Raises FastdlpError where it is not installed."""
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        raise FastdlpError(
+            "the PEFT baseline is not installed: pip install '.[bench]' in the checkout, or give --without-peft"
+        ) from None
+    return {"peft": peft.__version__, "transformers": transformers.__version__}
 
 
 def _checked(
     form: Form, precision: str, expected: dict[str, float], tell: Callable[[str], None]
 ) -> tuple[Losses, float]:
     """A form set up, and the largest relative error of its first step's losses."""
-    tell(f"{form.name}, {precision}: losses against PEFT fp32")
+    tell(f"{form.name}, {precision}: losses against the baseline in fp32")
     step = form.make(precision)
     losses = step()
     error = max(abs(losses[name] - value) / abs(value) for name, value in expected.items())
     if not error <= TOLERANCE[precision]:
         raise FastdlpError(
-            f"{form.name} in {precision} does not compute the losses of PEFT: {losses}, expected {expected}"
+            f"{form.name} in {precision} does not compute the baseline's losses: {losses}, expected {expected}"
         )
     return step, error
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
 Run = tuple[int, int, int, int, int]
 
 

@@ -30,10 +30,18 @@ def test_rows_are_checked_and_measured(model: str) -> None:
         assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
 
 
+def test_without_peft_the_first_form_is_the_baseline(model: str) -> None:
+    result = step.bench_step(model, 4, ["fp32"], 2, torch.device("cpu"), lambda text: None, with_peft=False)
+    assert result["baseline"] == "fastdlp"
+    assert [row["form"] for row in result["rows"]] == ["fastdlp", "fastdlp --teacher pre-update"]
+    assert result["rows"][0]["times_baseline"] == 1.0
+    assert "peft" not in result["versions"]
+
+
 def test_a_form_with_other_losses_gets_no_row(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = PeftStep._logits
     monkeypatch.setattr(
         PeftStep, "_logits", lambda self, adapter: plain(self, adapter) * (1.0 + 0.01 * (adapter == "local"))
     )
-    with pytest.raises(FastdlpError, match="does not compute the losses of PEFT"):
+    with pytest.raises(FastdlpError, match="does not compute the baseline's losses"):
         step.bench_step(model, 4, ["fp32"], 2, torch.device("cpu"), lambda text: None)

@@ -1,0 +1,30 @@
+"""The count of launches: it sees what runs, and the fused form needs fewer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastdlp.bench.launches import bench_launches, count
+from tests.models import tiny_clip
+
+
+def test_what_is_counted() -> None:
+    x = torch.ones(4, 4)
+    operations, kernels = count(lambda: (x.t() @ x.view(16)[:4]).exp_().add(1))
+    assert operations == {"mv": 1, "exp_": 1, "add": 1}
+    assert kernels == {}
+
+
+def test_the_fused_form_launches_less(tmp_path: Path) -> None:
+    result = bench_launches(tiny_clip(tmp_path / "model", quick_gelu=True), 2, with_peft=False)
+    rows = {row["form"]: row for row in result["rows"]}
+    for teacher, forwards in (("fresh", 3), ("pre-update", 2)):
+        torch_form, fused = (rows[f"fastdlp --teacher {teacher} --backend {b}"] for b in ("torch", "triton"))
+        assert torch_form["triton"] == 0
+        assert fused["torch"] + fused["triton"] < torch_form["torch"] / 2
+        # Two blocks: 4 linears in the first, 5 in the last, whose q and kv are apart, and the projection.
+        linears = 10 * (forwards if teacher == "fresh" else 1)
+        assert fused["kernels"]["fold_kernel"] == linears
+        assert fused["kernels"]["adamw_kernel"] == 2
