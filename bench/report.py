@@ -43,7 +43,7 @@ def print_step(result: dict[str, Any], console: Console) -> None:
 def print_kernels(result: dict[str, Any], console: Console) -> None:
     """The tables of `bench_kernels`, one for each model and number of clients: medians and their ratios to frozen."""
     for (model, clients), rows in groupby(result["rows"], key=lambda row: (row["model"], row["clients"])):
-        title = f"{model}, {clients} clients: {result['what']}"
+        title = f"{model}, {clients} client{'s' * (clients > 1)}: {result['what']}"
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
         for column in ("linear", "form"):
             table.add_column(column, no_wrap=True)

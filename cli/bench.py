@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,11 @@ def step(
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each form.")] = 7,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="torch, triton; may be given twice.", show_default="torch, on CUDA both"),
+    ] = None,
+    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave the baseline out.")] = False,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
@@ -37,20 +43,178 @@ def step(
     from fastdlp.bench.report import print_step
     from fastdlp.bench.step import bench_step
     from fastdlp.cli import console
-    from fastdlp.federation import DTYPES, pick_device
+    from fastdlp.federation import DTYPES, pick_backend, pick_device
     from fastdlp.files import write_atomic
 
     precisions = precision or ["fp32", "bf16"]
     if unknown := [p for p in precisions if p not in DTYPES]:
         raise FastdlpError(f"unknown --precision {unknown[0]!r}: choose from {', '.join(DTYPES)}")
+    on = pick_device(device)
+    asked = backend or (["torch", "triton"] if on.type == "cuda" else ["torch"])
+    backends = [pick_backend(name, on, DTYPES[p]) for name in asked for p in precisions]
     with console.err.status("preparing") as status:
-        result = bench_step(model, batch_size, precisions, repeats, pick_device(device), status.update, clients)
+        result = bench_step(
+            model,
+            batch_size,
+            precisions,
+            repeats,
+            on,
+            status.update,
+            clients,
+            list(dict.fromkeys(backends)),
+            not without_peft,
+        )
     if output is not None:
         write_atomic(output, json.dumps(result, indent=1) + "\n")
     if as_json:
         print(json.dumps(result, indent=1))
     else:
         print_step(result, console.out)
+
+
+@bench_app.command()
+def launches(
+    model: Annotated[
+        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
+    ] = "ViT-B-32-quickgelu",
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
+    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave the baseline out.")] = False,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Count the kernels that one FEDDLP step launches, in every form. Needs no GPU."""
+    from fastdlp.bench.launches import bench_launches, markdown
+    from fastdlp.cli import console
+    from fastdlp.files import write_atomic
+
+    with console.err.status("counting"):
+        result = bench_launches(model, clients, not without_peft)
+    if output is not None:
+        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1) if as_json else markdown(result["rows"]), end="\n" if as_json else "")
+
+
+@bench_app.command()
+def kernels(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="ViT-B-32, ViT-B-16, ViT-L-14; may be given again.", show_default="by device"),
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option("--clients", min=1, help="May be given again.", show_default="by device")
+    ] = None,
+    linear: Annotated[
+        list[str] | None,
+        typer.Option("--linear", help="qkv, out, fc1, fc2, proj; may be given again.", show_default="all"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32 or bf16.", show_default="bf16, on a CPU fp32")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a client.")] = TrainConfig.batch_size,
+    milliseconds: Annotated[float, typer.Option("--milliseconds", min=0.0, help="Of timing, each pass.")] = 200.0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """The dual-LoRA operator alone, beside the frozen product, PEFT and other ways to compute it.
+
+    Without options: ViT-B-32 and ViT-L-14 for 1, 10 and 100 clients on a GPU; ViT-B-32 for one client on a CPU.
+    """
+    from fastdlp.bench.kernels import LINEARS, TOWERS, bench_kernels
+    from fastdlp.bench.report import print_kernels
+    from fastdlp.cli import console
+    from fastdlp.federation import DTYPES, pick_device
+    from fastdlp.files import write_atomic
+
+    on = pick_device(device)
+    gpu = on.type == "cuda"
+    models = model or (["ViT-B-32", "ViT-L-14"] if gpu else ["ViT-B-32"])
+    linears, precision = linear or list(LINEARS), dtype or ("bf16" if gpu else "fp32")
+    _known("--model", models, TOWERS)
+    _known("--linear", linears, LINEARS)
+    _known("--dtype", [precision], DTYPES)
+    with console.err.status("measuring the peak") as status:
+        result = bench_kernels(
+            {name: TOWERS[name] for name in models},
+            clients or ([1, 10, 100] if gpu else [1]),
+            linears,
+            precision,
+            batch_size,
+            milliseconds,
+            on,
+            status.update,
+        )
+    if output is not None:
+        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_kernels(result, console.out)
+
+
+@bench_app.command()
+def tune(
+    arch: Annotated[str, typer.Option("--arch", help="auto, or this GPU's own, like 90.")] = "auto",
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="fp32, bf16; may be given twice.", show_default="bf16, fp32")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.0, help="When to stop; the rest keeps its rows.")] = 4.0,
+    device: Annotated[str, typer.Option("--device", help="auto, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where to write the table.", show_default="kernels/tiles.json")
+    ] = None,
+) -> None:
+    """Measure this GPU's tiles for the Triton kernels and write the table that `--backend auto` goes by."""
+    from fastdlp.bench.report import print_tune
+    from fastdlp.bench.tune import TABLE, format_table
+    from fastdlp.bench.tune import tune as measure_table
+    from fastdlp.cli import console
+    from fastdlp.federation import DTYPES, pick_device
+    from fastdlp.files import write_atomic
+
+    precisions = dtype or ["bf16", "fp32"]
+    _known("--dtype", precisions, DTYPES)
+    with console.err.status("preparing") as status:
+        result = measure_table(pick_device(device), arch, precisions, minutes, status.update)
+    write_atomic(output or TABLE, format_table(result["tables"]))
+    print_tune(result, console.out)
+
+
+@bench_app.command("compile")
+def compile_kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", help="80, 90; may be given twice.", show_default="both")
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="Take every tile, but not every rank, dtype and uneven batch.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the table to this file.")] = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel in every configuration, without a GPU: registers, spills, shared memory, tensor code.
+
+    Exits with 1 where a kernel spills, takes too much shared memory or lacks the tensor cores' instructions.
+    """
+    from fastdlp.bench.compile import SHARED_LIMIT, bench_compile, failures, print_compile, to_json, to_markdown
+    from fastdlp.cli import console
+    from fastdlp.files import write_atomic
+
+    archs = arch or list(SHARED_LIMIT)
+    _known("--arch", archs, SHARED_LIMIT)
+    with console.err.status("preparing") as status:
+        result = bench_compile(archs, small, status.update)
+    if output is not None:
+        write_atomic(output, to_json(result))
+    if markdown is not None:
+        write_atomic(markdown, to_markdown(result))
+    if as_json:
+        print(to_json(result), end="")
+    else:
+        print_compile(result, console.out)
+    if failed := failures(result):
+        console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @bench_app.command()
@@ -71,3 +235,9 @@ def demonstration(
         facts = {"command": "fastdlp bench demonstration", **machine(torch.device("cpu")), "torch": torch.__version__}
         write_atomic(output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     print(markdown(rows), end="")
+
+
+def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise FastdlpError(f"unknown {option} {name!r}: choose from {', '.join(known)}")

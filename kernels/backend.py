@@ -30,7 +30,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "torch":
         return backend
     if backend == "auto":
-        fits = device.type == "cuda" and dtype in DTYPES and _installed() and tiles.measured(device)
+        fits = device.type == "cuda" and dtype in DTYPES and _installed() and tiles.measured(device, dtype.itemsize)
         return "triton" if fits else "torch"
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(BACKENDS)}")

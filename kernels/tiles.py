@@ -74,12 +74,11 @@ def architecture(device: torch.device) -> str:
     return key if key in table() else FALLBACK
 
 
-def measured(device: torch.device) -> bool:
-    """Whether the table of this device's own architecture was measured on a GPU."""
-    if device.type == "cpu":
-        return False
+def measured(device: torch.device, itemsize: int) -> bool:
+    """Whether the table of this GPU's own architecture was measured on one, for elements of this size."""
     major, minor = torch.cuda.get_device_capability(device)
-    return bool(table().get(f"{major}{minor}", {}).get("measured"))
+    facts = table().get(f"{major}{minor}", {}).get("measured")
+    return facts is not None and itemsize in facts["itemsize"]
 
 
 def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, out: int = 0, width: int = 0) -> Tile:
