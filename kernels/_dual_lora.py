@@ -275,7 +275,11 @@ def product_kernel(
     for group in tl.range(first, last + 1, num_stages=1):
         up_ptrs = up_ptr + tile_n * BLOCK_N + (group * L + part * RANK + r.to(tl.int64))[:, None] * N + n[None, :]
         up = tl.load(up_ptrs, mask=(r < RANK)[:, None] & in_n[None, :], other=0.0)
-        acc = tl.dot(tl.where((owner == group)[:, None], low, 0.0), up, acc, input_precision=PRECISION)
+        # A group that has diverged must not reach its neighbours in the tile, and 0 · NaN is NaN: so what is not finite
+        # leaves `up` and goes into the group's own rows of `low`, where a select and not a product keeps it apart.
+        lost = (up * 0.0).to(tl.float32)
+        mine = tl.where((owner == group)[:, None], low + tl.sum(tl.sum(lost, 1), 0).to(low.dtype), 0.0)
+        acc = tl.dot(mine, tl.where(lost == 0.0, up, 0.0), acc, input_precision=PRECISION)
 
     column = part * N + tile_n * BLOCK_N
     x_ptrs = x_ptr + corner * stride_xm + m[:, None] * stride_xm + k[None, :]

@@ -234,6 +234,7 @@ def _check(
     out = B.shape[2]
     expected = {
         "x": (x, (groups.rows, width)),
+        "A": (A, (slots, parts, rank, width)),
         "weight": (weight, (parts * out, width)),
         "B": (B, (slots, parts, out, rank)),
         "c": (c, (slots, groups.views, parts, rank)),

@@ -83,6 +83,7 @@ def forward_pass(
     groups = RowGroups(tuple(sizes), views)
     x = last_contiguous(x)
     residual = None if residual is None else last_contiguous(residual)
+    bias, norm_weight, norm_bias = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
     down, up = fold(A, B, c, x.dtype)
     h, stats = x, None
     if norm_weight is None or norm_bias is None:
@@ -161,6 +162,7 @@ def backward_pass(
     """dX [M, K] in the dtype of x, dA, dB and dc in fp32; empty where not needed. `h` is empty without a norm."""
     groups = RowGroups(tuple(sizes), views)
     dy, x = last_contiguous(dy), last_contiguous(x)
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     normed = x if norm_weight is None else h
     argument = None if activation == "none" else pre
     du, Q, dB, dc, of_slot, of_group = adapter_gradients(dy, argument, P, B, c, up, groups, activation)
@@ -174,7 +176,7 @@ def backward_pass(
         return dx, nothing[0], nothing[1], nothing[2]
     dA, dB, dc = sum_chunks(down_gradient(normed, Q, groups), (dB, of_slot), (dc, of_group))
     slots, parts, _, rank = B.shape
-    return dx, dA.view(slots, parts, rank, -1), dB, dc.view(slots, views, parts, rank)
+    return dx, dA.view(slots, parts, rank, x.shape[1]), dB, dc.view(slots, views, parts, rank)
 
 
 dual_lora_backward_op = torch.library.custom_op("fastdlp::dual_lora_backward", backward_pass, mutates_args=())

@@ -22,6 +22,12 @@ class RowGroups:
     sizes: tuple[int, ...]
     views: int = 1
 
+    def __post_init__(self) -> None:
+        if self.views < 1 or min(self.sizes, default=0) < 0:
+            raise ValueError(
+                f"RowGroups: sizes {self.sizes} in {self.views} views; sizes are 0 or more, views 1 or more"
+            )
+
     @property
     def rows(self) -> int:
         """Rows in all: views · Σ sizes."""
