@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bench.forms import Case, Operands, make_operands
-from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.tiles import Tile
 
 ACTIVATION = "quick_gelu"
@@ -44,7 +43,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     parts, columns, width = case.parts, case.parts * case.out, case.width
     activation = ACTIVATION if kernel.endswith("activated") else "none"
     residual = o.dy if case.linear in ("out", "fc2") else None
-    pre = None if activation == "none" else o.dy.flip(0)
+    slope = None if activation == "none" else o.dy.flip(0)
     weight, bias = (torch.randn(2, width, device=device) + 1).to(dtype).unbind()
 
     def product(tile: Tile) -> list[Tensor]:
@@ -57,9 +56,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
         return [launchers.backward_product(o.dy, o.weight, Q, down, o.groups, tile)]
 
     def adapter_gradients(tile: Tile) -> list[Tensor]:
-        du, q, dB, dc, of_slot, of_group = launchers.adapter_gradients(
-            o.dy, pre, low, o.B, o.c, up, o.groups, activation, tile
-        )
+        du, q, dB, dc, of_slot, of_group = launchers.adapter_gradients(o.dy, slope, low, o.B, o.c, up, o.groups, tile)
         _, dB, dc = launchers.sum_chunks(_one_share(case.clients, dB), (dB, of_slot), (dc, of_group))
         return [du, q, dB, dc]
 
@@ -81,7 +78,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     if kernel == "product_backward":
         return Work(width, columns, product_backward, lambda: product_backward(library))
     if kernel in ("adapter_gradients", "adapter_gradients_activated"):
-        return Work(columns, 0, adapter_gradients, lambda: _adapter_gradients(o, pre, low, up, activation))
+        return Work(columns, 0, adapter_gradients, lambda: _adapter_gradients(o, slope, low, up))
     if kernel == "down_gradient":
         dA = torch.bmm(_by(case.clients, Q).mT.float(), _by(case.clients, o.x).float())
         return Work(0, width, down_gradient, lambda: [dA])
@@ -101,14 +98,11 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     raise ValueError(f"no work for the kernel {kernel!r}")
 
 
-def _adapter_gradients(o: Operands, pre: Tensor | None, low: Tensor, up: Tensor, activation: str) -> list[Tensor]:
+def _adapter_gradients(o: Operands, slope: Tensor | None, low: Tensor, up: Tensor) -> list[Tensor]:
     """dU, Q, dB and dc in library products."""
     slots, parts, out, rank = o.B.shape
     views = o.groups.views
-    du = o.dy
-    if pre is not None:
-        argument = pre.detach().requires_grad_()
-        (du,) = torch.autograd.grad(ACTIVATIONS[activation](argument), argument, o.dy)
+    du = o.dy if slope is None else o.dy * slope
     by_group = du.float().view(slots * views, -1, parts, out)
     P = low.float().view(slots * views, -1, parts, rank)
     Q = torch.einsum("gmpn,gprn->gmpr", by_group, up.float().view(-1, parts, rank, out))

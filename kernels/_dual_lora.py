@@ -4,7 +4,8 @@ Conventions of every kernel here:
 
 - rows are sorted by group; `row_group_ptr` [M] int32 says which, and a *chunk* is a run of rows within one group (or
   slot), listed in a table [3, chunks] int32 of (owner, first row, end row);
-- row numbers are int64 before they meet a stride, because M · N passes 2³¹ for a hundred clients of ViT-L/14;
+- a tile's first row is int64 before it meets a stride, because M · N passes 2³¹ for a hundred clients of ViT-L/14;
+  within the tile 32 bits hold every offset, and registers are scarce;
 - products accumulate in fp32, and nothing is added atomically: sums across programs go through partial results and
   `sum_chunks_kernel`, in a fixed order, so every run gives the same bits;
 - a masked load reads 0, never what lies behind the end, so unwritten memory cannot reach a result.
@@ -18,27 +19,16 @@ import triton.language as tl
 
 @triton.jit
 def _activated(u, ACTIVATION: tl.constexpr):
-    """φ(u) in fp32."""
-    if ACTIVATION == "quick_gelu":
-        return u * tl.sigmoid(1.702 * u)
-    elif ACTIVATION == "gelu":
-        return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
-    else:  # gelu_tanh, tanh(z) = 2 sigmoid(2z) − 1
-        return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-
-
-@triton.jit
-def _activation_slope(u, ACTIVATION: tl.constexpr):
-    """φ'(u) in fp32."""
+    """φ(u) and φ'(u) in fp32; what the caller does not use is not computed."""
     if ACTIVATION == "quick_gelu":
         s = tl.sigmoid(1.702 * u)
-        return s * (1.0 + 1.702 * u * (1.0 - s))
+        return u * s, s * (1.0 + 1.702 * u * (1.0 - s))
     elif ACTIVATION == "gelu":
         phi = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
-        return phi + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-    else:
+        return u * phi, phi + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    else:  # gelu_tanh, by tanh(z) = 2 sigmoid(2z) − 1
         s = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-        return s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        return u * s, s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
 
 
 @triton.jit
@@ -102,18 +92,18 @@ def down_kernel(
     """
     chunk = tl.program_id(0)
     slot = tl.load(chunk_ptr + chunk).to(tl.int64)
-    rows = tl.load(chunk_ptr + chunks + chunk).to(tl.int64) + tl.arange(0, BLOCK_M)
-    here = rows < tl.load(chunk_ptr + 2 * chunks + chunk)
-    l, k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :]
-    a_ptrs = down_ptr + (slot * L + l)[None, :] * K + k[:, None]
+    start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
+    m, l, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+    here = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start
+    x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
+    a_ptrs = down_ptr + slot * L * K + (l[None, :] * K + k[:, None])
     acc = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         in_k = k < K - k0
         x = tl.load(x_ptrs + k0, mask=here[:, None] if EVEN_K else here[:, None] & in_k[None, :], other=0.0)
         a = tl.load(a_ptrs + k0, mask=(l < L)[None, :] if EVEN_K else (l < L)[None, :] & in_k[:, None], other=0.0)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
-    tl.store(p_ptr + rows[:, None] * L + l[None, :], acc, mask=here[:, None] & (l < L)[None, :])
+    tl.store(p_ptr + start * L + (m[:, None] * L + l[None, :]), acc, mask=here[:, None] & (l < L)[None, :])
 
 
 @triton.jit
@@ -145,10 +135,10 @@ def norm_down_kernel(
     """
     chunk = tl.program_id(0)
     slot = tl.load(chunk_ptr + chunk).to(tl.int64)
-    rows = tl.load(chunk_ptr + chunks + chunk).to(tl.int64) + tl.arange(0, BLOCK_M)
-    here = rows < tl.load(chunk_ptr + 2 * chunks + chunk)
-    l, k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + k[None, :]
+    start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
+    m, l, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+    here = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start
+    x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
     mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -162,11 +152,11 @@ def norm_down_kernel(
         m2 += tl.sum(off * off, 1) + delta * delta * share * k0
         mean += delta * share
     rstd = 1.0 / tl.sqrt(m2 / K + eps)
-    tl.store(stats_ptr + rows, mean, mask=here)
-    tl.store(stats_ptr + M + rows, rstd, mask=here)
+    tl.store(stats_ptr + start + m, mean, mask=here)
+    tl.store(stats_ptr + M + start + m, rstd, mask=here)
 
-    a_ptrs = down_ptr + (slot * L + l)[None, :] * K + k[:, None]
-    h_ptrs = h_ptr + rows[:, None] * K + k[None, :]
+    a_ptrs = down_ptr + slot * L * K + (l[None, :] * K + k[:, None])
+    h_ptrs = h_ptr + start * K + (m[:, None] * K + k[None, :])
     acc = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         in_k = k < K - k0
@@ -179,7 +169,7 @@ def norm_down_kernel(
         tl.store(h_ptrs + k0, h, mask=mask)
         a = tl.load(a_ptrs + k0, mask=(l < L)[None, :] & in_k[:, None], other=0.0)
         acc = tl.dot(h, a, acc, input_precision=PRECISION)
-    tl.store(p_ptr + rows[:, None] * L + l[None, :], acc, mask=here[:, None] & (l < L)[None, :])
+    tl.store(p_ptr + start * L + (m[:, None] * L + l[None, :]), acc, mask=here[:, None] & (l < L)[None, :])
 
 
 @triton.jit
@@ -190,19 +180,22 @@ def norm_backward_kernel(
 
     A program holds whole rows (BLOCK_K ≥ K). Reads 4·M·K bytes (bf16), writes 2·M·K; ~10·M·K FLOP.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    here, k = rows < M, tl.arange(0, BLOCK_K)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    here = m < M - start
     mask = here[:, None] & (k < K)[None, :]
-    dh = tl.load(dh_ptr + rows[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows[:, None] * stride_xm + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = m[:, None] * K + k[None, :]
+    dh = tl.load(dh_ptr + start * K + at, mask=mask, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    mean = tl.load(stats_ptr + rows, mask=here, other=0.0)
-    rstd = tl.load(stats_ptr + M + rows, mask=here, other=0.0)
+    mean = tl.load(stats_ptr + start + m, mask=here, other=0.0)
+    rstd = tl.load(stats_ptr + M + start + m, mask=here, other=0.0)
     g = dh * weight[None, :]
     xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
     g_mean, gx_mean = tl.sum(g, 1) / K, tl.sum(g * xhat, 1) / K
     dx = rstd[:, None] * (g - g_mean[:, None] - xhat * gx_mean[:, None])
-    tl.store(dx_ptr + rows[:, None] * K + k[None, :], dx, mask=mask)
+    tl.store(dx_ptr + start * K + at, dx, mask=mask)
 
 
 @triton.jit
@@ -215,7 +208,7 @@ def product_kernel(
     row_group_ptr,
     residual_ptr,
     y_ptr,
-    pre_ptr,
+    slope_ptr,
     M,
     N,
     K,
@@ -248,8 +241,11 @@ def product_kernel(
     The accumulator starts with the low-rank term, group by group of those that the tile's rows belong to: one dot of
     BLOCK_R in most tiles, and a tile that crosses groups is as right as any other. The K loop knows nothing of it.
 
+    With KEEP an activation's slope φ'(u) goes out beside y: the backward needs nothing else of u, and would otherwise
+    compute it in every layout that its two products want dY in.
+
     2·M·PARTS·N·(K + RANK) FLOP; in bf16 reads 2·(M·K + PARTS·N·K + M·L) bytes and `up`, writes 2·M·PARTS·N (twice with
-    an activation whose argument is kept), reads as much again for a residual.
+    KEEP), reads as much again for a residual.
     """
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), PARTS * tl.cdiv(N, BLOCK_N)
@@ -259,7 +255,6 @@ def product_kernel(
     tile_m, tile_n = first_m + pid % band % height, pid % band // height
     part, tile_n = tile_n // tl.cdiv(N, BLOCK_N), tile_n % tl.cdiv(N, BLOCK_N)
 
-    # The tile's corner in 64 bits, once; within the tile 32 bits hold every offset, and registers are scarce.
     corner = tile_m.to(tl.int64) * BLOCK_M
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -302,9 +297,9 @@ def product_kernel(
         bias = tl.load(bias_ptr + column + n) if EVEN_N else tl.load(bias_ptr + column + n, mask=in_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if ACTIVATION != "none":
+        acc, slope = _activated(acc, ACTIVATION)
         if KEEP:
-            tl.store(pre_ptr + y_corner + out, acc, mask=mask)
-        acc = _activated(acc, ACTIVATION)
+            tl.store(slope_ptr + y_corner + out, slope, mask=mask)
     if HAS_RESIDUAL:
         residual = residual_ptr + corner * stride_rm + column + m[:, None] * stride_rm + n[None, :]
         acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
@@ -314,7 +309,7 @@ def product_kernel(
 @triton.jit
 def adapter_gradients_kernel(
     dy_ptr,
-    pre_ptr,
+    slope_ptr,
     p_ptr,
     b_ptr,
     c_ptr,
@@ -335,7 +330,7 @@ def adapter_gradients_kernel(
     VIEWS: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -343,43 +338,49 @@ def adapter_gradients_kernel(
 ):
     """One pass over dY for all that the adapters need of it. Grid (chunks of a group's rows, PARTS).
 
-    dU = dY ⊙ φ'(u) where there is an activation; Q = dU B'; T = dUᵀ P of the chunk, which goes out as its share of
+    dU = dY ⊙ slope where there was an activation; Q = dU B'; T = dUᵀ P of the chunk, which goes out as its share of
     dB = T · diag(c) and of dc = Σ_n B ⊙ T. A gate at zero, and so a zero in c, still gets its gradient.
 
-    4·M·parts·N·R FLOP; reads 2·M·parts·N bytes (bf16; twice that with an activation, and writes du), writes partial
-    sums of 4·parts·N·R a chunk: 12 % of the pass at R = 6 and 128 rows... R·4 / (BLOCK_M · 2).
+    4·M·parts·N·R FLOP; reads 2·M·parts·N bytes (bf16; twice that with a slope, and writes dU), writes partial
+    sums of 4·parts·N·R bytes a chunk, a share of 2·R / BLOCK_M of dY: 9 % at R = 6 and 128 rows.
     """
     chunk, part = tl.program_id(0), tl.program_id(1)
     group = tl.load(chunk_ptr + chunk).to(tl.int64)
-    rows = tl.load(chunk_ptr + chunks + chunk).to(tl.int64) + tl.arange(0, BLOCK_M)
-    here = rows < tl.load(chunk_ptr + 2 * chunks + chunk)
+    start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
+    m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    here, in_r = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start, r < R
     slot, view = group // VIEWS, group % VIEWS
     L: tl.constexpr = PARTS * R
-    r, n = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
-    in_r = r < R
-    p = tl.load(p_ptr + rows[:, None] * L + (part * R + r)[None, :], mask=here[:, None] & in_r[None, :], other=0.0)
+    row_r, here_r = start * L + part * R + (m[:, None] * L + r[None, :]), here[:, None] & in_r[None, :]
+    dy_ptrs = dy_ptr + start * stride_dym + part * N + (m[:, None] * stride_dym + n[None, :])
+    at_n = m[:, None] * (PARTS * N) + n[None, :]
+    slope_ptrs, du_ptrs = slope_ptr, du_ptr
+    if HAS_SLOPE:
+        corner = start * (PARTS * N) + part * N
+        slope_ptrs, du_ptrs = slope_ptr + corner + at_n, du_ptr + corner + at_n
+    up_ptrs = up_ptr + (group * L + part * R) * N + (r[None, :] * N + n[:, None])
+    b_ptrs = b_ptr + slot * stride_b + part * N * R + (n[:, None] * R + r[None, :])
+    db_ptrs = db_ptr + (chunk.to(tl.int64) * PARTS + part) * N * R + (n[:, None] * R + r[None, :])
+    p = tl.load(p_ptr + row_r, mask=here_r, other=0.0)
     c = tl.load(c_ptr + slot * stride_cs + view * stride_cv + part * stride_cp + r, mask=in_r, other=0.0)
     c = c.to(tl.float32)
     q = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     dc = tl.zeros((BLOCK_R,), dtype=tl.float32)
     for n0 in range(0, N, BLOCK_N):
-        col, in_n = n0 + n, n < N - n0
+        in_n = n < N - n0
         mask = here[:, None] if EVEN_N else here[:, None] & in_n[None, :]
-        dy = tl.load(dy_ptr + rows[:, None] * stride_dym + (part * N + col)[None, :], mask=mask, other=0.0)
-        if ACTIVATION != "none":
-            at = rows[:, None] * (PARTS * N) + (part * N + col)[None, :]
-            u = tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            dy = (dy.to(tl.float32) * _activation_slope(u, ACTIVATION)).to(du_ptr.dtype.element_ty)
-            tl.store(du_ptr + at, dy, mask=mask)
+        dy = tl.load(dy_ptrs + n0, mask=mask, other=0.0)
+        if HAS_SLOPE:
+            dy = dy * tl.load(slope_ptrs + n0, mask=mask, other=0.0)
+            tl.store(du_ptrs + n0, dy, mask=mask)
         in_b = in_n[:, None] & in_r[None, :]
-        up = tl.load(up_ptr + (group * L + part * R + r)[None, :] * N + col[:, None], mask=in_b, other=0.0)
+        up = tl.load(up_ptrs + n0, mask=in_b, other=0.0)
         q = tl.dot(dy, up, q, input_precision=PRECISION)
         t = tl.dot(tl.trans(dy), p, input_precision=PRECISION)
-        at_b = (part * N + col)[:, None] * R + r[None, :]
-        b = tl.load(b_ptr + slot * stride_b + at_b, mask=in_b, other=0.0).to(tl.float32)
+        b = tl.load(b_ptrs + n0 * R, mask=in_b, other=0.0).to(tl.float32)
         dc += tl.sum(t * b, 0)
-        tl.store(db_ptr + chunk.to(tl.int64) * (PARTS * N * R) + at_b, t * c[None, :], mask=in_b)
-    tl.store(q_ptr + rows[:, None] * L + (part * R + r)[None, :], q, mask=here[:, None] & in_r[None, :])
+        tl.store(db_ptrs + n0 * R, t * c[None, :], mask=in_b)
+    tl.store(q_ptr + row_r, q, mask=here_r)
     tl.store(dc_ptr + (chunk * PARTS + part) * R + r, dc, mask=in_r)
 
 
@@ -404,20 +405,23 @@ def down_gradient_kernel(
     2·M·K·L FLOP; reads 2·M·K bytes of x (bf16), writes 4·L·K a chunk.
     """
     chunk = tl.program_id(0)
-    start = tl.load(chunk_ptr + chunks + chunk)
-    end = tl.load(chunk_ptr + 2 * chunks + chunk)
-    l = tl.arange(0, BLOCK_L)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
+    count = (tl.load(chunk_ptr + 2 * chunks + chunk) - start).to(tl.int32)
+    m, l, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(1) * BLOCK_K
+    in_k, in_l = k < K - first_k, l < L
+    x_ptrs = x_ptr + start * stride_xm + first_k + (m[:, None] * stride_xm + k[None, :])
+    q_ptrs = q_ptr + start * L + (m[:, None] * L + l[None, :])
     acc = tl.zeros((BLOCK_K, BLOCK_L), dtype=tl.float32)
-    for row in range(start, end, BLOCK_M):
-        rows = row + tl.arange(0, BLOCK_M).to(tl.int64)
-        here = rows < end
-        mask = here[:, None] if EVEN_K else here[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + k[None, :], mask=mask, other=0.0)
-        q = tl.load(q_ptr + rows[:, None] * L + l[None, :], mask=here[:, None] & (l < L)[None, :], other=0.0)
+    for row in range(0, count, BLOCK_M):
+        here = m < count - row
+        x = tl.load(x_ptrs, mask=here[:, None] if EVEN_K else here[:, None] & in_k[None, :], other=0.0)
+        q = tl.load(q_ptrs, mask=here[:, None] & in_l[None, :], other=0.0)
         acc = tl.dot(tl.trans(x), q, acc, input_precision=PRECISION)
-    at = (chunk.to(tl.int64) * L + l)[None, :] * K + k[:, None]
-    tl.store(da_ptr + at, acc, mask=(k < K)[:, None] & (l < L)[None, :])
+        x_ptrs += BLOCK_M * stride_xm
+        q_ptrs += BLOCK_M * L
+    da_ptr += chunk.to(tl.int64) * L * K + first_k
+    tl.store(da_ptr + (l[None, :] * K + k[:, None]), acc, mask=in_k[:, None] & in_l[None, :])
 
 
 @triton.jit

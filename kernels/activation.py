@@ -30,3 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+# φ'(u) [...] of each, for a backward that keeps the slope and not u.
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": lambda u: torch.ops.aten.silu_backward(torch.ones_like(u), u * 1.702),
+    "gelu": lambda u: torch.ops.aten.gelu_backward(torch.ones_like(u), u),
+    "gelu_tanh": lambda u: torch.ops.aten.gelu_backward(torch.ones_like(u), u, approximate="tanh"),
+}

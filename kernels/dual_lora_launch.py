@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdlp.kernels import _dual_lora as jit
-from fastdlp.kernels.activation import ACTIVATIONS
+from fastdlp.kernels.activation import ACTIVATIONS, SLOPES
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups, chunks, row_group
 from fastdlp.kernels.launch import launch
@@ -153,7 +153,7 @@ def forward_product(
     keep: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = φ(x Wᵀ + b + P B') + residual, and φ's argument where it is to be kept.
+    """y = φ(x Wᵀ + b + P B') + residual, and φ' at φ's argument where it is to be kept.
 
     Args:
         x: [M, K]; weight: [parts·N, K]; bias: [parts·N] or None; P: [M, parts·R]; up: [groups, parts·R, N].
@@ -164,7 +164,7 @@ def forward_product(
     if tile.form == "torch":
         return _library_forward(x, weight, bias, P, up, parts, groups, activation, residual, keep)
     y = x.new_empty(rows, parts * out)
-    pre = torch.empty_like(y) if keep and activation != "none" else None
+    slope = torch.empty_like(y) if keep and activation != "none" else None
     launch(
         jit.product_kernel,
         (_tiles(rows, tile["BLOCK_M"]) * parts * _tiles(out, tile["BLOCK_N"]),),
@@ -176,7 +176,7 @@ def forward_product(
         row_group(groups, x.device),
         residual,
         y,
-        pre,
+        slope,
         rows,
         out,
         width,
@@ -192,13 +192,13 @@ def forward_product(
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        KEEP=pre is not None,
+        KEEP=slope is not None,
         EVEN_N=out % tile["BLOCK_N"] == 0,
         EVEN_K=width % tile["BLOCK_K"] == 0,
         PRECISION=_precision(x),
         **tile.launch,
     )
-    return y, pre
+    return y, slope
 
 
 def backward_product(
@@ -248,28 +248,27 @@ def backward_product(
 
 def adapter_gradients(
     dy: Tensor,
-    pre: Tensor | None,
+    slope: Tensor | None,
     P: Tensor,
     B: Tensor,
     c: Tensor,
     up: Tensor,
     groups: RowGroups,
-    activation: str = "none",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One pass over dY [M, parts·N].
+    """One pass over dY [M, parts·N]; `slope` [M, parts·N] is φ' where there was an activation.
 
     Returns:
-        dU [M, parts·N] (dY itself without an activation), Q [M, parts·R]; shares of dB [chunks, parts, N, R] and of
+        dU [M, parts·N] (dY itself without a slope), Q [M, parts·R]; shares of dB [chunks, parts, N, R] and of
         dc [chunks, parts, R], fp32, with the first chunk of every slot and of every group, int32.
     """
     B, c = _rows_contiguous(B), last_contiguous(c)
     _, parts, out, rank = B.shape
-    name = "adapter_gradients" if activation == "none" else "adapter_gradients_activated"
+    name = "adapter_gradients" if slope is None else "adapter_gradients_activated"
     tile = tile or tile_for(name, dy.device, dy.dtype.itemsize, len(dy), parts * out)
     by_slot = chunks(groups, tile["BLOCK_M"], groups.views, dy.device)
     by_group = chunks(groups, tile["BLOCK_M"], 1, dy.device)
-    du = dy if activation == "none" else dy.new_empty(dy.shape)
+    du = dy if slope is None else dy.new_empty(dy.shape)
     Q = dy.new_empty(len(dy), parts * rank)
     dB = dy.new_empty(by_group.count, parts, out, rank, dtype=torch.float32)
     dc = dy.new_empty(by_group.count, parts, rank, dtype=torch.float32)
@@ -277,7 +276,7 @@ def adapter_gradients(
         jit.adapter_gradients_kernel,
         (by_group.count, parts),
         dy,
-        pre,
+        slope,
         P,
         B,
         c,
@@ -298,7 +297,7 @@ def adapter_gradients(
         VIEWS=groups.views,
         R=rank,
         BLOCK_R=_rank_block(rank),
-        ACTIVATION=activation,
+        HAS_SLOPE=slope is not None,
         EVEN_N=out % tile["BLOCK_N"] == 0,
         PRECISION=_precision(dy),
         **tile.launch,
@@ -376,10 +375,10 @@ def _library_forward(
         p, target = P[m0:m1].view(g1 - g0, size, parts, rank), y[m0:m1].view(g1 - g0, size, parts, out)
         for part in range(parts):
             target[:, :, part].baddbmm_(p[:, :, part], up[g0:g1, part * rank : (part + 1) * rank])
-    pre = None
+    slope = None
     if activation != "none":
-        pre, y = (y if keep else None), ACTIVATIONS[activation](y)
-    return (y if residual is None else y + residual), pre
+        slope, y = (SLOPES[activation](y) if keep else None), ACTIVATIONS[activation](y)
+    return (y if residual is None else y + residual), slope
 
 
 def _library_backward(dy: Tensor, weight: Tensor, Q: Tensor, down: Tensor, groups: RowGroups) -> Tensor:

@@ -6,7 +6,7 @@ Forward, three launches a linear:
     product         y = φ(h Wᵀ + b + P B') + residual
 
 Backward, four launches, five behind a LayerNorm, two fewer where x needs no gradient:
-    adapter_gradients   one pass over dY: dU = dY ⊙ φ'(u), Q = dU B', and per chunk of rows T = dUᵀ P for dB and dc
+    adapter_gradients   one pass over dY: dU = dY ⊙ φ', Q = dU B', and per chunk of rows T = dUᵀ P for dB and dc
     product             dX = dU W + Q A, the forward's kernel with W as it lies
     norm_backward       dX of the LayerNorm
     down_gradient       per chunk dA = Qᵀ h
@@ -79,7 +79,7 @@ def forward_pass(
     residual: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, and what the backward needs: h, stats, P, φ's argument, down, up (empty where there is none or not `keep`)."""
+    """y, and what the backward needs: h, stats, P, φ', down, up (empty where there is none or not `keep`)."""
     groups = RowGroups(tuple(sizes), views)
     x = last_contiguous(x)
     residual = None if residual is None else last_contiguous(residual)
@@ -90,16 +90,16 @@ def forward_pass(
         P = down_product(x, down, groups)
     else:
         h, stats, P = norm_down_product(x, norm_weight, norm_bias, eps, down, groups)
-    y, pre = forward_product(h, weight, bias, P, up, A.shape[1], groups, activation, residual, keep)
+    y, slope = forward_product(h, weight, bias, P, up, A.shape[1], groups, activation, residual, keep)
     if not keep:
-        stats = pre = None
+        stats = slope = None
         P, down, up = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     return (
         y,
         x.new_empty(0) if stats is None else h,
         x.new_empty(0, dtype=torch.float32) if stats is None else stats,
         P,
-        x.new_empty(0) if pre is None else pre,
+        x.new_empty(0) if slope is None else slope,
         down,
         up,
     )
@@ -146,7 +146,7 @@ def backward_pass(
     h: Tensor,
     stats: Tensor,
     P: Tensor,
-    pre: Tensor,
+    slope: Tensor,
     down: Tensor,
     up: Tensor,
     weight: Tensor,
@@ -164,8 +164,9 @@ def backward_pass(
     dy, x = last_contiguous(dy), last_contiguous(x)
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     normed = x if norm_weight is None else h
-    argument = None if activation == "none" else pre
-    du, Q, dB, dc, of_slot, of_group = adapter_gradients(dy, argument, P, B, c, up, groups, activation)
+    du, Q, dB, dc, of_slot, of_group = adapter_gradients(
+        dy, None if activation == "none" else slope, P, B, c, up, groups
+    )
     dx = x.new_empty(0)
     if need_x:
         dx = backward_product(du, weight, Q, down, groups)
@@ -189,7 +190,7 @@ def _(
     h: Tensor,
     stats: Tensor,
     P: Tensor,
-    pre: Tensor,
+    slope: Tensor,
     down: Tensor,
     up: Tensor,
     weight: Tensor,
@@ -211,15 +212,15 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, A, B, c, sizes, views, norm_weight, _, _, activation, _, _ = inputs
-    _, h, stats, P, pre, down, up = output
-    ctx.save_for_backward(x, h, stats, P, pre, down, up, weight, B, c, norm_weight)
+    _, h, stats, P, slope, down, up = output
+    ctx.save_for_backward(x, h, stats, P, slope, down, up, weight, B, c, norm_weight)
     ctx.split, ctx.activation, ctx.dtypes = (list(sizes), views), activation, (A.dtype, B.dtype, c.dtype)
-    ctx.mark_non_differentiable(h, stats, P, pre, down, up)
+    ctx.mark_non_differentiable(h, stats, P, slope, down, up)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, h, stats, P, pre, down, up, weight, B, c, norm_weight = ctx.saved_tensors
+    x, h, stats, P, slope, down, up, weight, B, c, norm_weight = ctx.saved_tensors
     nothing: list[Tensor | None] = [None] * 14
     if dy is None:
         return tuple(nothing)
@@ -231,7 +232,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
             h,
             stats,
             P,
-            pre,
+            slope,
             down,
             up,
             weight,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.dual_lora import RowGroups, dual_lora, dual_lora_reference
+from fastdlp.kernels.dual_lora import Norm, RowGroups, dual_lora, dual_lora_reference
+from tests.awkward import PHI, Draw, in_fp64, operands, values_and_gradients
 
 GROUPS = {
     "one": RowGroups((7,)),
@@ -94,11 +97,63 @@ def test_reference_is_the_written_formula() -> None:
     assert row == groups.rows
 
 
-def test_gradients_by_finite_differences() -> None:
+def test_reference_normalises_activates_and_adds_as_written() -> None:
+    groups = RowGroups((2, 3), views=2)
+    o = problem(groups, 2, 3, 5, 4)
+    g = torch.Generator().manual_seed(1)
+    gain, shift, residual = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((5,), (5,), (10, 8)))
+    normed = []
+    for x in o["x"]:
+        mean = sum(x) / 5
+        variance = sum((entry - mean) ** 2 for entry in x) / 5
+        normed.append((x - mean) / (variance + 0.3) ** 0.5 * gain + shift)
+    plain = dual_lora_reference(**o | {"x": torch.stack(normed)}, groups=groups)
+    for activation, phi in PHI.items():
+        y = dual_lora_reference(
+            **o, groups=groups, norm=Norm(gain, shift, 0.3), activation=activation, residual=residual
+        )
+        assert torch.allclose(y, phi(plain) + residual, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", PHI)
+@pytest.mark.parametrize(("norm", "residual", "bias"), [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("name", ["ragged", "views", "empty ends", "nobody"])
+def test_equals_the_formula_with_norm_activation_and_residual(
+    name: str, norm: bool, residual: bool, bias: bool, activation: str, dtype: torch.dtype
+) -> None:
+    groups, draw = GROUPS[name], Draw(torch.device("cpu"), dtype)
+    arguments = operands(draw, groups, 2, 3, 10, 7, bias, norm, residual)
+    if dtype == torch.float64:
+        arguments = in_fp64(arguments)
+    dy = draw(groups.rows, 14)
+    ours = values_and_gradients(dual_lora, arguments, dy, activation=activation)
+    reference = values_and_gradients(dual_lora_reference, in_fp64(arguments), dy.double(), activation=activation)
+    assert ours.keys() == reference.keys()
+    for what, tensor in ours.items():
+        assert tensor.dtype == (arguments[what[1:]] if what != "y" else arguments["x"]).dtype
+        assert_close(tensor, reference[what], TOLERANCE[dtype], what)
+
+
+@pytest.mark.parametrize("function", [dual_lora, dual_lora_reference])
+@pytest.mark.parametrize("activation", PHI)
+def test_gradients_by_finite_differences(activation: str, function: Callable[..., Tensor]) -> None:
+    """With and without a norm and a residual, which is a leaf too."""
     groups = RowGroups((2, 0, 1), views=2)
     o = problem(groups, 2, 2, 3, 2)
     leaves = [o[name].requires_grad_() for name in "xABc"]
-    assert torch.autograd.gradcheck(lambda x, A, B, c: dual_lora(x, o["weight"], o["bias"], A, B, c, groups), leaves)
+    norm = Norm(o["weight"][0], o["weight"][1], 0.1)
+    residual = torch.ones(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+        return function(x, o["weight"], o["bias"], A, B, c, groups, activation=activation)
+
+    def all_in(x: Tensor, A: Tensor, B: Tensor, c: Tensor, residual: Tensor) -> Tensor:
+        options = {"norm": norm, "activation": activation, "residual": residual}
+        return function(x, o["weight"], None, A, B, c, groups, **options)
+
+    assert torch.autograd.gradcheck(plain, leaves)
+    assert torch.autograd.gradcheck(all_in, [*leaves, residual])
 
 
 def test_masked_branch_gets_exact_zeros_and_a_zero_gate_a_gradient() -> None:

@@ -1,0 +1,158 @@
+"""Awkward operands for the kernels' tests, and how close to fp64 a result has to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdlp.kernels.dual_lora import Norm
+from fastdlp.kernels.groups import RowGroups
+from fastdlp.kernels.tiles import Tile
+
+GROUPS = {
+    "one": RowGroups((63,)),
+    "long": RowGroups((257,)),
+    "ragged": RowGroups((0, 0, 5, 1, 0, 0, 0, 33, 0, 61, 0)),
+    "views": RowGroups((20, 0, 1, 30), views=2),
+    "single rows": RowGroups((1,) * 7 + (0,) * 2 + (1,) * 6),
+    "more slots than rows": RowGroups((0, 0, 0, 1, 0, 0), views=2),
+    "nobody": RowGroups((0, 0), views=2),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+# Triton's interpreter has no bf16 products and no TF32.
+PRECISIONS = tuple(DTYPES) if torch.cuda.is_available() else ("fp32", "fp16")
+
+PHI: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda u: u,
+    "quick_gelu": lambda u: u * (1 + torch.tanh(0.851 * u)) / 2,  # σ(z) = (1 + tanh(z / 2)) / 2
+    "gelu": lambda u: u * (1 + torch.erf(u / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda u: u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))) / 2,
+}
+
+
+def pairwise(**factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """A few combinations of the factors' values in which any two values of two factors meet at least once."""
+    values = [list(factor) for factor in factors.values()]
+    pairs = {
+        ((i, a), (j, b))
+        for i, j in combinations(range(len(values)), 2)
+        for a in range(len(values[i]))
+        for b in range(len(values[j]))
+    }
+    rows: list[dict[int, int]] = []
+    while pairs:
+        row = dict(min(pairs))
+        for i in range(len(values)):
+            if i not in row:  # the value that makes most new pairs, of those the least used
+                new = [sum(_pair(i, v, j, w) in pairs for j, w in row.items()) for v in range(len(values[i]))]
+                used = [sum(other[i] == v for other in rows) for v in range(len(values[i]))]
+                row[i] = max(range(len(values[i])), key=lambda v: (new[v], -used[v]))
+        pairs -= {_pair(*one, *other) for one, other in combinations(row.items(), 2)}
+        rows.append(row)
+    return [tuple(values[i][row[i]] for i in range(len(values))) for row in rows]
+
+
+def cases(names: str, **factors: Iterable[Any]) -> pytest.MarkDecorator:
+    """Pairwise cases over precision and row groups (a name), which every kernel has, and the factors named."""
+    rows = pairwise(precision=PRECISIONS, name=GROUPS, **factors)
+    arguments = ("precision", "name", *names.split())
+    return pytest.mark.parametrize(arguments, rows, indirect=["precision"], ids=_label)
+
+
+def _label(value: Any) -> str | None:
+    if isinstance(value, Tile):
+        return "x".join(map(str, value.blocks.values())) or value.form
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "table" if value is None else None
+
+
+def _pair(i: int, v: int, j: int, w: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return ((i, v), (j, w)) if i < j else ((j, w), (i, v))
+
+
+class Draw:
+    """Normal numbers from a seed, rounded to a dtype, on a device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
+        return numbers.to(self.device, dtype or self.dtype)
+
+
+def operands(
+    draw: Draw,
+    groups: RowGroups,
+    parts: int,
+    rank: int,
+    width: int,
+    out: int,
+    bias: bool = True,
+    norm: bool = False,
+    residual: bool = False,
+    **others: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of `dual_lora`; every term of the sum is of the size of one, and adapters are fp32."""
+    slots, fp32 = len(groups.sizes), torch.float32
+    return {
+        "x": draw(groups.rows, width),
+        "weight": draw(parts * out, width, scale=width**-0.5),
+        "bias": draw(parts * out) if bias else None,
+        "A": draw(slots, parts, rank, width, scale=width**-0.5, dtype=fp32),
+        "B": draw(slots, parts, out, rank, scale=rank**-0.5, dtype=fp32),
+        "c": draw(slots, groups.views, parts, rank, dtype=fp32),
+        "groups": groups,
+        "norm": Norm(draw(width), draw(width), 1e-5) if norm else None,
+        "residual": draw(groups.rows, parts * out) if residual else None,
+        **others,
+    }
+
+
+def in_fp64(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in fp64 on the CPU."""
+    return {name: _exact(value) for name, value in arguments.items()}
+
+
+def _exact(value: Any) -> Any:
+    if isinstance(value, Norm):
+        return Norm(exact(value.weight), exact(value.bias), value.eps)
+    return exact(value) if isinstance(value, Tensor) else value
+
+
+def exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().cpu()
+
+
+def values_and_gradients(
+    function: Callable[..., Tensor], arguments: dict[str, Any], dy: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """y and the gradient of everything that has one, by name."""
+    names = [n for n in ("x", "A", "B", "c", "residual") if arguments.get(n) is not None]
+    leaves = {n: arguments[n].detach().requires_grad_() for n in names}
+    y = function(**arguments | leaves, **options)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+    found = {"y": y.detach()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients):  # autograd has none where a slot has no rows
+        found[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return found
+
+
+def assert_close(ours: Tensor, reference: Tensor, tolerance: tuple[float, float], what: str) -> None:
+    """Largest error over largest entry, and RMS error over RMS."""
+    assert ours.shape == reference.shape, f"{what}: {tuple(ours.shape)}, expected {tuple(reference.shape)}"
+    if not reference.numel():
+        return
+    error, reference = exact(ours) - exact(reference), exact(reference)
+    largest = float(error.abs().max() / reference.abs().max().clamp(min=1e-30))
+    rms = float(error.square().mean().sqrt() / reference.square().mean().sqrt().clamp(min=1e-30))
+    assert largest <= tolerance[0], f"{what}: largest error {largest:.1e} > {tolerance[0]:.1e}"
+    assert rms <= tolerance[1], f"{what}: RMS error {rms:.1e} > {tolerance[1]:.1e}"
