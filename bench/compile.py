@@ -205,13 +205,14 @@ def specialised(launch: Launch, arch: str) -> Job:
     options = dict(launch.options)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     names = launch.kernel.arg_names
+    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     values = dict(zip(names, launch.operands)) | options
     signature: list[tuple[str, str]] = []
     constants: list[tuple[str, Any]] = []
     aligned: list[int] = []
     for position, name in enumerate(names):
         value = values[name]
-        if name in options or value is None or (isinstance(value, int) and value == 1):
+        if name in options or value is None or (isinstance(value, int) and value == 1 and name not in general):
             constants.append((name, value))
             signature.append((name, "constexpr"))
         elif isinstance(value, float):
@@ -222,7 +223,7 @@ def specialised(launch: Launch, arch: str) -> Job:
             else:
                 kind, divided = "i32" if abs(value) < 2**31 else "i64", value
             signature.append((name, kind))
-            if divided % ALIGNED == 0:
+            if divided % ALIGNED == 0 and name not in general:
                 aligned.append(position)
     module, kernel = launch.kernel.fn.__module__, launch.kernel.fn.__name__
     return Job(module, kernel, arch, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
@@ -252,7 +253,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     divisible = {(position,): [["tt.divisibility", ALIGNED]] for position in job.aligned}
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), divisible)
-    options = {"num_warps": job.warps, "num_stages": job.stages}
+    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     try:
         built = triton.compile(source, target=GPUTarget("cuda", int(job.arch), 32), options=options)
     except Exception as error:

@@ -37,6 +37,7 @@ stage() {
     shift 2
     if ((left < 15)); then
         note "$name" "not begun: $BUDGET s are over"
+        failed=1
         return 124
     fi
     ((cap > left)) && cap=$left
@@ -45,7 +46,10 @@ stage() {
     rc=$?
     case $rc in
     0) note "$name" "ok, $((SECONDS - from)) s" ;;
-    124 | 137) note "$name" "RAN OUT of its $cap s" ;;
+    124 | 137)
+        note "$name" "RAN OUT of its $cap s"
+        failed=1
+        ;;
     *)
         note "$name" "FAILED with exit code $rc after $((SECONDS - from)) s"
         failed=1
@@ -62,12 +66,14 @@ finish() {
 # -- correct? -----------------------------------------------------------------------------------------------
 
 tests=(tests/test_cuda.py tests/test_dual_lora_launch.py tests/test_dual_lora_ops.py tests/test_adamw.py
-    tests/test_tower.py)
+    tests/test_tower.py tests/test_module.py)
 if ! has sklearn; then
     for name in test_training_follows_the_cpu test_same_bits_every_run; do
         tests+=(--deselect "tests/test_cuda.py::$name")
     done
     note "tests of training" "left out: scikit-learn, which holds their data, is not installed"
+else
+    tests+=(tests/test_backends.py)
 fi
 # The options of pyproject.toml name a plugin that may be missing here.
 stage tests 240 "$PYTHON" -m pytest -q -o addopts= -p no:cacheprovider -x "${tests[@]}" || {

@@ -25,7 +25,7 @@ from fastdlp.kernels.tiles import assume
 
 # Not views by their schema, and yet no kernel.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
-FREE |= {"_unsafe_view", "_local_scalar_dense", "_reshape_alias"}
+FREE |= {"_unsafe_view", "_local_scalar_dense", "_reshape_alias", "promote_types"}
 
 
 class _Counter(TorchDispatchMode):
@@ -61,7 +61,8 @@ def bench_launches(model: str, clients: int, with_peft: bool = True) -> dict[str
     problem, cpu = make_problem(model, 2), torch.device("cpu")
     forms: list[tuple[str, int, Callable[[], object]]] = []
     if with_peft:
-        peft = PeftStep(problem, "bf16", "cast", cpu, fastdlp_engine(problem, "fp32", "fresh", cpu).bank)
+        bank = fastdlp_engine(problem, "fp32", "fresh", cpu).bank
+        peft = PeftStep(problem, "bf16", "cast", cpu, bank, foreach=True)  # AdamW's default form on a GPU
         peft()  # its optimisers make their state in the first step
         forms.append(("PEFT, adapters cast", clients, peft))
     for teacher in ("fresh", "pre-update"):
@@ -80,7 +81,9 @@ def bench_launches(model: str, clients: int, with_peft: bool = True) -> dict[str
                 "kernels": dict(kernels.most_common()),
             }
         )
+    peft_flag = [] if with_peft else ["--without-peft"]
     return {
+        "command": " ".join(["fastdlp bench launches", f"--model {model}", f"--clients {clients}", *peft_flag]),
         "what": f"launches of one FEDDLP step, {model}, image encoder, {clients} clients, bf16",
         "rows": rows,
         "commit": machine(cpu)["commit"],

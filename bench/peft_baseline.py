@@ -34,10 +34,17 @@ class PeftStep:
     Args:
         adapters: "default" keeps the adapters in fp32 beside bf16 weights, as PEFT does by itself; "cast" holds
             them in the dtype of the weights (autocast_adapter_dtype=False), which is faster.
+        foreach: of torch's AdamW; None is its default, which differs between devices.
     """
 
     def __init__(
-        self, problem: Problem, precision: str, adapters: str, device: torch.device, bank: AdapterBank
+        self,
+        problem: Problem,
+        precision: str,
+        adapters: str,
+        device: torch.device,
+        bank: AdapterBank,
+        foreach: bool | None = None,
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
@@ -61,7 +68,10 @@ class PeftStep:
         self._load(bank)
         self.optimisers = {
             name: torch.optim.AdamW(
-                [p for n, p in self.model.named_parameters() if f".{name}." in n], lr=LR, weight_decay=0.0
+                [p for n, p in self.model.named_parameters() if f".{name}." in n],
+                lr=LR,
+                weight_decay=0.0,
+                foreach=foreach,
             )
             for name in self.ranks
         }

@@ -46,6 +46,7 @@ RESIDENT_SHARE = {"cpu": 0.15, "cuda": 0.15}
 # Kept for backward per token, block and unit of width: two norms' inputs and outputs, q, k, v, attention's output,
 # and four widths each of fc1's output and the activation's.
 ACTIVATIONS_PER_WIDTH = 16
+PACKED = 3  # adapters on the widest linear: q, k and v
 GRAPHS = 2  # autograd graphs that a step holds at once (local and global)
 
 # Which stream of random numbers a seed's draw belongs to; the engine's batches are stream 1.
@@ -108,7 +109,8 @@ def prepare(
     config = replace(config, clients=partition.clients)
 
     dtype = DTYPES[config.precision]
-    config = replace(config, backend=pick_backend(config.backend, device, dtype))
+    ranks = PACKED * sum(branch.rank for branch in method.branches())
+    config = replace(config, backend=pick_backend(config.backend, device, dtype, ranks))
     sites = tower_sites(clip.tower(config.encoder).shape)
     tell("frozen features")
     task, rows, tokens = _make_task(config, clip, pixels, transform, device, dtype)
@@ -168,14 +170,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_backend(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The form of the kernels that `--backend` names, "triton" or "torch".
+def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int = 0) -> Any:
+    """The form of the kernels that `--backend` names, "triton" or "torch"; `ranks` of the widest linear.
 
     Raises:
         FastdlpError: Triton asked for where it cannot run.
     """
     try:
-        return choose_backend(name, device, dtype)
+        return choose_backend(name, device, dtype, ranks)
     except ValueError as error:
         raise FastdlpError(f"--backend {name}: {error}") from None
 

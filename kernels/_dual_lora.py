@@ -16,6 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Differ from batch to batch and scale no address that is read in vectors: not worth a compilation each.
+COUNTS = ["chunks", "M", "slots"]
+
 
 @triton.jit
 def _activated(u, ACTIVATION: tl.constexpr):
@@ -70,7 +73,7 @@ def fold_kernel(
         tl.store(up_ptr + row[:, None] * N + at[None, :], up, mask=in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def down_kernel(
     x_ptr,
     down_ptr,
@@ -106,7 +109,7 @@ def down_kernel(
     tl.store(p_ptr + start * L + (m[:, None] * L + l[None, :]), acc, mask=here[:, None] & (l < L)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_down_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -172,7 +175,7 @@ def norm_down_kernel(
     tl.store(p_ptr + start * L + (m[:, None] * L + l[None, :]), acc, mask=here[:, None] & (l < L)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
     dh_ptr, x_ptr, stats_ptr, norm_weight_ptr, dx_ptr, M, K, stride_xm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -198,7 +201,7 @@ def norm_backward_kernel(
     tl.store(dx_ptr + start * K + at, dx, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def product_kernel(
     x_ptr,
     w_ptr,
@@ -306,7 +309,7 @@ def product_kernel(
     tl.store(y_ptr + y_corner + out, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def adapter_gradients_kernel(
     dy_ptr,
     slope_ptr,
@@ -342,7 +345,7 @@ def adapter_gradients_kernel(
     dB = T · diag(c) and of dc = Σ_n B ⊙ T. A gate at zero, and so a zero in c, still gets its gradient.
 
     4·M·parts·N·R FLOP; reads 2·M·parts·N bytes (bf16; twice that with a slope, and writes dU), writes partial
-    sums of 4·parts·N·R bytes a chunk, a share of 2·R / BLOCK_M of dY: 9 % at R = 6 and 128 rows.
+    sums of 4·parts·N·R bytes a chunk, which `sum_chunks_kernel` reads again: each a share of 2·R / BLOCK_M of dY.
     """
     chunk, part = tl.program_id(0), tl.program_id(1)
     group = tl.load(chunk_ptr + chunk).to(tl.int64)
@@ -384,7 +387,7 @@ def adapter_gradients_kernel(
     tl.store(dc_ptr + (chunk * PARTS + part) * R + r, dc, mask=in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def down_gradient_kernel(
     x_ptr,
     q_ptr,
@@ -428,13 +431,15 @@ def down_gradient_kernel(
 def _sum_chunks(part_ptr, out_ptr, bounds_ptr, segment, tile, D, BLOCK: tl.constexpr):
     at = tile * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    start = tl.full((), 0, tl.int64)
-    for chunk in range(tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)):
-        acc += tl.load(part_ptr + (start + chunk) * D + at, mask=at < D, other=0.0)
+    first, last = tl.load(bounds_ptr + segment), tl.load(bounds_ptr + segment + 1)
+    part_ptr += first.to(tl.int64) * D
+    for _ in range(first, last):
+        acc += tl.load(part_ptr + at, mask=at < D, other=0.0)
+        part_ptr += D
     tl.store(out_ptr + segment.to(tl.int64) * D + at, acc, mask=at < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_chunks_kernel(
     da_part_ptr,
     db_part_ptr,

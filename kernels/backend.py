@@ -12,6 +12,7 @@ from fastdlp.kernels.launch import is_dry
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_RANK = 64  # of all parts and branches of one linear together: beyond, the tiles were not compiled and may spill
 
 
 def interpreted() -> bool:
@@ -19,8 +20,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "triton" or "torch" for tensors of this device and dtype.
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int = 0) -> str:
+    """ "triton" or "torch" for tensors of this device and dtype, and a rank over all parts and branches of a linear.
 
     "auto" takes Triton on a GPU whose architecture has measured tiles in tiles.json, and torch otherwise.
 
@@ -30,14 +31,21 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     if backend == "torch":
         return backend
     if backend == "auto":
-        fits = device.type == "cuda" and dtype in DTYPES and _installed() and tiles.measured(device, dtype.itemsize)
-        return "triton" if fits else "torch"
+        fits = device.type == "cuda" and dtype in DTYPES and rank <= LARGEST_RANK and _installed()
+        return "triton" if fits and tiles.measured(device, dtype.itemsize) else "torch"
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(BACKENDS)}")
     if not _installed():
         raise ValueError("the package triton is not installed: pip install triton, or use the backend torch")
     if dtype not in DTYPES:
         raise ValueError(f"Triton's kernels take fp32, fp16 and bf16, not {dtype}: use the backend torch")
+    if rank > LARGEST_RANK:
+        raise ValueError(
+            f"Triton's kernels take {LARGEST_RANK} ranks a linear over all parts and branches, not {rank}: "
+            "use the backend torch"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError("Triton's kernels need a GPU of compute capability 8.0 (A100) or later: use the backend torch")
     if device.type == "cuda" or is_dry():
         return backend
     if not interpreted():

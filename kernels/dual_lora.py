@@ -122,7 +122,7 @@ def dual_lora(
     once to that dtype; the Triton form keeps them in fp32.
     """
     _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
-    if choose_backend(backend, x.device, x.dtype) == "triton":
+    if choose_backend(backend, x.device, x.dtype, A.shape[1] * A.shape[2]) == "triton":
         from fastdlp.kernels.dual_lora_ops import dual_lora_fused
 
         return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual)

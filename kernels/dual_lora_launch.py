@@ -334,7 +334,7 @@ def sum_chunks(
     dA: tuple[Tensor, Tensor], dB: tuple[Tensor, Tensor], dc: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each of (shares [chunks, ...], first chunk of every owner [owners + 1]) summed to [owners, ...], fp32."""
-    sizes = [share[0].numel() if len(share) else math.prod(share.shape[1:]) for share, _ in (dA, dB, dc)]
+    sizes = [math.prod(share.shape[1:]) for share, _ in (dA, dB, dc)]
     sums = [share.new_empty(len(bounds) - 1, *share.shape[1:]) for share, bounds in (dA, dB, dc)]
     tile = tile_for("sum_chunks", dA[0].device, 4)
     grid = (len(sums[2]), sum(_tiles(size, tile["BLOCK"]) for size in sizes))

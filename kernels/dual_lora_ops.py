@@ -5,7 +5,7 @@ Forward, three launches a linear:
     [norm_]down     P = x Aᵀ; with a LayerNorm before the linear, h = LN(x) and P = h Aᵀ in one pass over x
     product         y = φ(h Wᵀ + b + P B') + residual
 
-Backward, four launches, five behind a LayerNorm, two fewer where x needs no gradient:
+Backward, four launches, five behind a LayerNorm; three where x needs no gradient:
     adapter_gradients   one pass over dY: dU = dY ⊙ φ', Q = dU B', and per chunk of rows T = dUᵀ P for dB and dc
     product             dX = dU W + Q A, the forward's kernel with W as it lies
     norm_backward       dX of the LayerNorm
@@ -13,7 +13,7 @@ Backward, four launches, five behind a LayerNorm, two fewer where x needs no gra
     sum_chunks          chunks to dA, dB and dc, in a fixed order
 
 `fastdlp::dual_lora` and `fastdlp::dual_lora_backward` are custom ops with fake and autograd registrations, so the
-operator goes through torch.compile in one graph and into a CUDA graph.
+operator goes through torch.compile in one graph and into a CUDA graph, after one call with the same split of rows.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class RowGroups:
         return RowGroups(tuple(n * self.views for n in self.sizes))
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _runs(groups: RowGroups) -> tuple[Run, ...]:
     runs: list[Run] = []
     row = slot = 0
@@ -84,18 +84,19 @@ class Chunks:
     count: int
 
 
-@lru_cache(maxsize=1024)
+@cache
 def row_group(groups: RowGroups, device: torch.device) -> Tensor:
     """[M] int32, the group of every row."""
     sizes = torch.tensor(groups.sizes, dtype=torch.int64).repeat_interleave(groups.views)
     return torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device)
 
 
-@lru_cache(maxsize=4096)
+@cache
 def chunks(groups: RowGroups, block: int, per: int, device: torch.device) -> Chunks:
     """Cut `groups` into chunks of `block` rows; `per` groups are one owner in `bounds`.
 
-    Made once for every split and kept, so that a step makes none and a CUDA graph can be captured.
+    Made at the first call with a split and kept for good, because a captured CUDA graph reads them by address. That
+    first call copies from the host, so it has to come before the capture, as a warm-up.
     """
     rows: list[tuple[int, int, int]] = []
     bounds = [0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,35 +22,37 @@ class Launch:
     options: dict[str, Any]
 
 
-_recorder: ContextVar[tuple[list[Launch], bool] | None] = ContextVar("recorder", default=None)
+# A plain global and no context variable: on a GPU the backward runs in threads of autograd's own.
+_recorder: tuple[list[Launch], bool] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *operands: Any, **options: Any) -> None:
     """Launch on the device of the first operand; nothing to do for an empty grid."""
     if not math.prod(grid):
         return
-    recorder = _recorder.get()
-    if recorder is not None:
-        launches, dry = recorder
+    if _recorder is not None:
+        launches, dry = _recorder
         launches.append(Launch(kernel, grid, (first, *operands), options))
         if dry:
             return
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](first, *operands, **options)
+        # Triton 3.10 turns this off by default; the bits and the registers here are those with it.
+        kernel[grid](first, *operands, enable_fp_fusion=True, **options)
 
 
 def is_dry() -> bool:
     """Whether launches are only listed here, so that no device is needed for them."""
-    recorder = _recorder.get()
-    return recorder is not None and recorder[1]
+    return _recorder is not None and _recorder[1]
 
 
 @contextmanager
 def recording(dry: bool = False) -> Iterator[list[Launch]]:
     """List what is launched inside; with `dry` nothing is, so operands may be on the device "meta"."""
+    global _recorder
+    before = _recorder
     launches: list[Launch] = []
-    token = _recorder.set((launches, dry))
+    _recorder = (launches, dry)
     try:
         yield launches
     finally:
-        _recorder.reset(token)
+        _recorder = before

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 INTERPRETER = "interpreter"
-FALLBACK = "80"  # its tiles fit 99 KB of shared memory, so they run on every later architecture
+FALLBACK = "80"  # for every architecture after it that has no table of its own
 
 
 @dataclass(frozen=True)
@@ -50,23 +49,24 @@ def table() -> dict[str, Any]:
     return json.loads((files("fastdlp.kernels") / "tiles.json").read_text())
 
 
-_assumed: ContextVar[str | None] = ContextVar("architecture", default=None)
+_assumed: str | None = None  # a plain global: on a GPU the backward runs in threads of autograd's own
 
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
     """Choose tiles for this architecture whatever the device: to compile for a GPU that is not there."""
-    token = _assumed.set(architecture)
+    global _assumed
+    before, _assumed = _assumed, architecture
     try:
         yield
     finally:
-        _assumed.reset(token)
+        _assumed = before
 
 
 def architecture(device: torch.device) -> str:
     """The table's key for a device: "80", "90", or the interpreter's for a CPU."""
-    if (assumed := _assumed.get()) is not None:
-        return assumed
+    if _assumed is not None:
+        return _assumed
     if device.type == "cpu":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)

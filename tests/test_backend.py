@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdlp.kernels import backend, tiles
-from fastdlp.kernels.backend import choose_backend
+from fastdlp.kernels.backend import LARGEST_RANK, choose_backend
 from fastdlp.kernels.launch import recording
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,22 @@ def test_torch_is_always_torch(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_triton_on_a_gpu_measured_or_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_backend("triton", GPU, dtype) == "triton"
+
+
+def test_triton_needs_an_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        choose_backend("triton", GPU, torch.float16)
+
+
+def test_rank_that_no_tile_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "measured", lambda device, itemsize: True)
+    assert choose_backend("auto", GPU, torch.float16, LARGEST_RANK) == "triton"
+    assert choose_backend("auto", GPU, torch.float16, LARGEST_RANK + 1) == "torch"
+    with pytest.raises(ValueError, match="take 64 ranks a linear over all parts and branches, not 65"):
+        choose_backend("triton", CPU, torch.float32, LARGEST_RANK + 1)
 
 
 def test_triton_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,16 +128,23 @@ def test_what_makes_a_row_fail(changes: dict[str, Any], told: str | None) -> Non
     assert told is None or told in faults[0]
 
 
-def test_a_row_that_nothing_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tiles.table()
-    first, *others = table["80"]["rows"]
-    dead = {"kernel": "fold", "itemsize": [2], "rows_to": 7, "blocks": {"BLOCK": 64}, "warps": 4, "stages": 1}
-    monkeypatch.setattr(tiles, "table", lambda: table | {"80": {"rows": [first, dead, *others]}})
-    tiles._lookup.cache_clear()
-    _, never_taken = compile.list_jobs(["80"], small=True)
-    tiles._lookup.cache_clear()
-    assert never_taken == [("80", json.dumps(dead))]
-    assert "no launch takes this row" in compile.failures({"never_taken": never_taken, "rows": []})[0]
+def test_a_row_that_nothing_takes_is_told() -> None:
+    done = compiling("-c", DEAD_ROW)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sm_80: no launch takes this row of tiles.json: {")
+    assert '"rows_to": 7' in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+DEAD_ROW = """
+from fastdlp.bench.compile import failures, list_jobs
+from fastdlp.kernels import tiles
+
+rows = tiles.table()["80"]["rows"]
+rows.insert(1, rows[0] | {"rows_to": 7})
+never_taken = list_jobs(["80"], small=True)[1]
+print(*failures({"never_taken": never_taken, "rows": []}), sep="\\n")
+"""
 
 
 def launch_flags(launch: Launch) -> tuple[Any, ...]:
@@ -160,21 +167,26 @@ def test_the_cases_hold_what_an_engine_launches(tmp_path: Path) -> None:
 
 
 def test_specialised_as_the_jit_does() -> None:
-    names = ["x_ptr", "c_ptr", "bias_ptr", "one", "even", "odd", "long", "zero", "eps", "FLAG", "BLOCK"]
-    kernel = SimpleNamespace(arg_names=names, fn=SimpleNamespace(__module__="somewhere", __name__="some_kernel"))
+    names = ["x_ptr", "c_ptr", "bias_ptr", "one", "even", "odd", "long", "zero", "eps", "count", "FLAG", "BLOCK"]
+    kernel = SimpleNamespace(
+        arg_names=names,
+        params=[SimpleNamespace(name=name, do_not_specialize=name == "count") for name in names],
+        fn=SimpleNamespace(__module__="somewhere", __name__="some_kernel"),
+    )
     x = torch.empty(3, 4, dtype=torch.bfloat16)
     c = torch.empty(12)[3:]  # 12 bytes into its storage
     operands = (x, c, None, 1, 32, 7, 1 << 31, 0, 1e-5)
-    job = compile.specialised(
-        Launch(kernel, (1,), operands, {"FLAG": True, "BLOCK": 64, "num_warps": 8, "num_stages": 3}), "90"
-    )
-    kinds = ["*bf16", "*fp32", "constexpr", "constexpr", "i32", "i32", "i64", "i32", "fp32", "constexpr", "constexpr"]
-    assert job.signature == tuple(zip(names, kinds))
+    options = {"FLAG": True, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
+    job, other = (compile.specialised(Launch(kernel, (1,), (*operands, n), options), "90") for n in (1, 16))
+    assert job == other
+    constant = "constexpr"
+    kinds = ["*bf16", "*fp32", constant, constant, "i32", "i32", "i64", "i32", "fp32", "i32", constant, constant]
+    assert job.signature == tuple(zip(names, kinds, strict=True))
     assert [names[position] for position in job.aligned] == ["x_ptr", "even", "long", "zero"]
     assert dict(job.constants) == {"bias_ptr": None, "one": 1, "FLAG": True, "BLOCK": 64}
     assert job.constexprs == {"FLAG": True, "BLOCK": 64}
     assert (job.arch, job.warps, job.stages, job.dtype) == ("90", 8, 3, "bf16")
-    assert job.integers == "one=1 even:16 odd long:16 zero:16"
+    assert job.integers == "one=1 even:16 odd long:16 zero:16 count"
 
 
 def test_reading_assembly() -> None:

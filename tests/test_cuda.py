@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, tor
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("groups", [RowGroups((63, 5, 5, 1, 0, 31)), RowGroups((100, 100, 7), views=2)], ids=str)
-def test_operator(groups: RowGroups, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_operator(groups: RowGroups, dtype: torch.dtype, backend: str) -> None:
+    if dtype == torch.float64 and backend == "triton":
+        pytest.skip("Triton's kernels take no fp64")
     g = torch.Generator().manual_seed(0)
     slots, parts, rank, width, out = len(groups.sizes), 3, 6, 100, 96
     adapters = torch.float64 if dtype == torch.float64 else torch.float32
@@ -38,12 +42,13 @@ def test_operator(groups: RowGroups, dtype: torch.dtype) -> None:
     dy = torch.randn(groups.rows, parts * out, generator=g, dtype=torch.float64).to(dtype)
     device = {n: t.to("cuda", adapters if n in "ABc" else dtype) for n, t in exact.items()}
     results = []
-    for function, operands, grad in ((dual_lora, device, dy.cuda()), (dual_lora_reference, exact, dy.double())):
+    ours = partial(dual_lora, backend=backend)
+    for function, operands, grad in ((ours, device, dy.cuda()), (dual_lora_reference, exact, dy.double())):
         leaves = [operands[n].requires_grad_() for n in "xABc"]
         y = function(**operands, groups=groups)
         results.append([y, *torch.autograd.grad(y, leaves, grad)])
-    for ours, reference in zip(*results):
-        assert (ours.double().cpu() - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
+    for value, reference in zip(*results):
+        assert (value.double().cpu() - reference).abs().max() <= TOLERANCE[dtype] * reference.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,12 +73,13 @@ def test_training_follows_the_cpu(tmp_path: Path, protocol: str, encoder: str) -
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("encoder", ["image", "text"])
-def test_same_bits_every_run(tmp_path: Path, encoder: str, precision: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_same_bits_every_run(tmp_path: Path, backend: str, encoder: str, precision: str) -> None:
     from safetensors.torch import load_file
 
     runs = [tmp_path / "a", tmp_path / "b"]
     for run in runs:
-        _losses(run, device="cuda", encoder=encoder, precision=precision)
+        _losses(run, device="cuda", backend=backend, encoder=encoder, precision=precision)
     for name in ("client-00", "client-03", "server"):
         first, second = (load_file(run / "adapters" / f"{name}.safetensors") for run in runs)
         for key, value in first.items():
