@@ -17,7 +17,7 @@ LARGEST_RANK = 64  # of all parts and branches of one linear together: beyond, t
 
 def interpreted() -> bool:
     """Whether Triton runs in its interpreter (TRITON_INTERPRET=1 before its import): slow, on any CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int = 0) -> str:
