@@ -15,6 +15,7 @@ projection and MLP for the pooled token only.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from fastdlp.bank import Adapters
 from fastdlp.kernels.activation import ACTIVATIONS
-from fastdlp.kernels.attention import attention
-from fastdlp.kernels.dual_lora import Norm, RowGroups, dual_lora
+from fastdlp.kernels.attention import attention, self_attention
+from fastdlp.kernels.dual_lora import Norm, Recompute, RowGroups, dual_lora_recomputing
 from fastdlp.kernels.frozen import frozen_linear
 from fastdlp.sites import TowerShape
 
@@ -37,6 +38,12 @@ class Linear:
 
     weight: Tensor
     bias: Tensor | None
+
+    def part(self, first: int, end: int) -> Linear:
+        """Parts first..end of a weight packed of three."""
+        width = self.weight.shape[0] // 3
+        rows = slice(first * width, end * width)
+        return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,16 @@ class Block:
     fc1: Linear
     fc2: Linear
     ls2: Tensor | None
+
+    @cached_property  # one tensor for good, because a frozen product keeps a layout of its weight
+    def q(self) -> Linear:
+        """The queries' part of qkv."""
+        return self.qkv.part(0, 1)
+
+    @cached_property
+    def kv(self) -> Linear:
+        """The keys' and values' part of qkv."""
+        return self.qkv.part(1, 3)
 
 
 @dataclass(frozen=True)
@@ -121,31 +138,30 @@ class Tower:
         return _take(x, index)[:, 0]
 
     def _block(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
-        rows, tokens, width = x.shape
+        tokens = x.shape[1]
         qkv = linear(x, block.qkv, site, norm=block.ln1)
-        q, k, v = qkv.view(rows, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        a = attention(q, k, v, _causal(tokens, x.device) if self.causal else None)
-        x = _added(x, linear, _joined(a), block.out, site + 1, block.ls1)
+        a = self_attention(qkv, self.heads, _causal(tokens, x.device) if self.causal else None)
+        x = _added(x, linear, a, block.out, site + 1, block.ls1)
         return self._mlp(x, block, site, linear)
 
     def _last_block(self, x: Tensor, block: Block, site: int, linear: _Linears, index: Tensor | None) -> Tensor:
         """The block's value at the pooled token, [rows, 1, width]: keys and values of all, one query a row."""
         rows, tokens, width = x.shape
         pooled = _take(x, index)
-        q = linear(pooled, _part(block.qkv, 0, 1), site, slice(0, 1), norm=block.ln1)
-        kv = linear(x, _part(block.qkv, 1, 3), site, slice(1, 3), norm=block.ln1)
+        q = linear(pooled, block.q, site, slice(0, 1), norm=block.ln1)
+        kv = linear(x, block.kv, site, slice(1, 3), norm=block.ln1)
         q = q.view(rows, 1, self.heads, width // self.heads).transpose(1, 2)
         k, v = kv.view(rows, tokens, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mask = None
         if self.causal and index is not None:
             mask = (torch.arange(tokens, device=x.device) <= index[:, None])[:, None, None, :]
         a = attention(q, k, v, mask)
-        x = _added(pooled, linear, _joined(a), block.out, site + 1, block.ls1)
+        x = _added(pooled, linear, a.transpose(1, 2).flatten(2), block.out, site + 1, block.ls1)
         return self._mlp(x, block, site, linear)
 
     def _mlp(self, x: Tensor, block: Block, site: int, linear: _Linears) -> Tensor:
-        h = linear(x, block.fc1, site + 2, norm=block.ln2, activation=self.activation)
-        return _added(x, linear, h, block.fc2, site + 3, block.ls2)
+        h, made = linear.recomputing(x, block.fc1, site + 2, norm=block.ln2, activation=self.activation)
+        return _added(x, linear, h, block.fc2, site + 3, block.ls2, made)
 
 
 @dataclass(frozen=True)
@@ -163,20 +179,35 @@ class _Linears:
         site: int,
         parts: slice = slice(None),
         norm: Norm | None = None,
+        residual: Tensor | None = None,
+        made: Recompute | None = None,
+    ) -> Tensor:
+        """residual + linear(norm(x)): [rows, T, in] → [rows, T, out]; `site`, `parts`: which adapters."""
+        return self.recomputing(x, linear, site, parts, norm, "none", residual, made)[0]
+
+    def recomputing(
+        self,
+        x: Tensor,
+        linear: Linear,
+        site: int,
+        parts: slice = slice(None),
+        norm: Norm | None = None,
         activation: str = "none",
         residual: Tensor | None = None,
-    ) -> Tensor:
-        """residual + φ(linear(norm(x))): [rows, T, in] → [rows, T, out]; `site`, `parts`: which adapters."""
+        made: Recompute | None = None,
+    ) -> tuple[Tensor, Recompute | None]:
+        """residual + φ(linear(norm(x))), and how the next linear makes it again."""
         rows, tokens, width = x.shape
         x = x.reshape(rows * tokens, width)
         skip = None if residual is None else residual.reshape(rows * tokens, -1)
+        remade = None
         if self.adapters is None or self.groups is None:
             h = x if norm is None else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
             y = ACTIVATIONS[activation](frozen_linear(h, linear.weight, linear.bias))
             y = y if skip is None else skip + y
         else:
             A, B, c = self.adapters.site(site, parts)
-            y = dual_lora(
+            y, remade = dual_lora_recomputing(
                 x,
                 linear.weight,
                 linear.bias,
@@ -188,27 +219,24 @@ class _Linears:
                 activation=activation,
                 residual=skip,
                 backend=self.backend,
+                made=made,
             )
-        return y.view(rows, tokens, -1)
+        return y.view(rows, tokens, -1), remade
 
 
-def _added(x: Tensor, linear: _Linears, h: Tensor, weights: Linear, site: int, scale: Tensor | None) -> Tensor:
+def _added(
+    x: Tensor,
+    linear: _Linears,
+    h: Tensor,
+    weights: Linear,
+    site: int,
+    scale: Tensor | None,
+    made: Recompute | None = None,
+) -> Tensor:
     """x + LayerScale · linear(h); one kernel adds where there is no LayerScale."""
     if scale is None:
-        return linear(h, weights, site, residual=x)
-    return x + scale * linear(h, weights, site)
-
-
-def _part(linear: Linear, first: int, end: int) -> Linear:
-    """Parts first..end of a weight packed of three."""
-    width = linear.weight.shape[0] // 3
-    rows = slice(first * width, end * width)
-    return Linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-
-
-def _joined(heads: Tensor) -> Tensor:
-    """[rows, heads, T, d] → [rows, T, heads · d]."""
-    return heads.transpose(1, 2).flatten(2)
+        return linear(h, weights, site, residual=x, made=made)
+    return x + scale * linear(h, weights, site, made=made)
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:

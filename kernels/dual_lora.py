@@ -33,12 +33,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.kernels.activation import ACTIVATIONS
+from fastdlp.kernels.activation import ACTIVATIONS, BACKWARDS
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups
 
-__all__ = ["DualLoRAFunction", "Norm", "RowGroups", "dual_lora", "dual_lora_reference"]
+__all__ = [
+    "DualLoRAFunction",
+    "Norm",
+    "Recompute",
+    "RowGroups",
+    "dual_lora",
+    "dual_lora_recomputing",
+    "dual_lora_reference",
+]
 
 
 @dataclass(frozen=True)
@@ -121,19 +129,68 @@ def dual_lora(
     Products run in the dtype of x. In the torch form the gradients of A and B are sums accumulated in fp32 and rounded
     once to that dtype; the Triton form keeps them in fp32.
     """
+    y, _ = dual_lora_recomputing(
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        c,
+        groups,
+        norm=norm,
+        activation=activation,
+        residual=residual,
+        backend=backend,
+    )
+    return y
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How an input is made again: φ(argument). It is then not kept for the backward, and the argument is kept once for
+    two linears."""
+
+    argument: Tensor
+    activation: str
+
+
+def dual_lora_recomputing(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: Tensor,
+    groups: RowGroups,
+    *,
+    norm: Norm | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
+    made: Recompute | None = None,
+) -> tuple[Tensor, Recompute | None]:
+    """`dual_lora`, and how its result is made again by the linear that takes it, as that one's `made`.
+
+    `made` says that x = φ(argument). The Triton form keeps φ' and x themselves, which it reads in its products: it
+    returns None, and `made` changes nothing there.
+    """
     _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
     if choose_backend(backend, x.device, x.dtype, A.shape[1] * A.shape[2]) == "triton":
         from fastdlp.kernels.dual_lora_ops import dual_lora_fused
 
-        return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual)
-    if norm is not None:
-        x = F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
-    y = ACTIVATIONS[activation](DualLoRAFunction.apply(x, weight, bias, A, B, c, groups))
-    return y if residual is None else residual + y
+        return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual), None
+    argument, by = (None, "none") if made is None else (made.argument, made.activation)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, c, residual))
+    y, u = DualLoRAFunction.apply(x, weight, bias, A, B, c, groups, norm, activation, residual, argument, by, keep)
+    return y, None if u is None else Recompute(u, activation)
 
 
 class DualLoRAFunction(torch.autograd.Function):
-    """`dual_lora` in the torch form, with the backward of the module's docstring. Saves x, P and the adapters."""
+    """`dual_lora` in the torch form, with the backward of the module's docstring.
+
+    Saves x as it came (or what an activation makes it from), the norm's two figures a row, P, φ's argument, and the
+    adapters. What a norm or an activation gives is made again: a pass over memory, where a product would be dear.
+    """
 
     @staticmethod
     def forward(
@@ -145,73 +202,101 @@ class DualLoRAFunction(torch.autograd.Function):
         B: Tensor,
         c: Tensor,
         groups: RowGroups,
-    ) -> Tensor:
+        norm: Norm | None,
+        activation: str,
+        residual: Tensor | None,
+        argument: Tensor | None,
+        made_by: str,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         slots, parts, rank, width = A.shape
         out = B.shape[2]
+        h, stats = x, list[Tensor]()
+        if norm is not None:
+            h, *stats = torch.native_layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
         down = A.to(x.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, x.dtype)
-        y = frozen_linear(x, weight, bias)
+        u = frozen_linear(h, weight, bias)
         P = x.new_empty(groups.rows, parts * rank)
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
             p = P[m0:m1].view(n, v * size, parts * rank)
-            torch.bmm(x[m0:m1].view(n, v * size, width), down[s0:s1].transpose(1, 2), out=p)
+            torch.bmm(h[m0:m1].view(n, v * size, width), down[s0:s1].transpose(1, 2), out=p)
             p = p.view(n * v, size, parts, rank)
-            target = y[m0:m1].view(n * v, size, parts, out)
+            target = u[m0:m1].view(n * v, size, parts, out)
             for part in range(parts):
-                target[:, :, part].baddbmm_(p[:, :, part], up[s0:s1, :, part].flatten(0, 1).transpose(1, 2))
-        ctx.groups = groups
-        ctx.save_for_backward(x, weight, A, B, c, P)
-        return y
+                target[:, :, part].baddbmm_(p[:, :, part], up[s0:s1, :, part].flatten(0, 1))
+        y = ACTIVATIONS[activation](u)
+        if residual is not None:
+            y.add_(residual)
+        if not keep:
+            return y, None
+        ctx.groups, ctx.norm, ctx.activation, ctx.made_by = groups, norm, activation, made_by
+        source = x if argument is None else argument
+        ctx.save_for_backward(source, weight, A, B, c, P, None if activation == "none" else u, *stats)
+        if activation == "none":
+            return y, None
+        ctx.mark_non_differentiable(u)
+        return y, u
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, c, P = ctx.saved_tensors
+        source, weight, A, B, c, P, u, *stats = ctx.saved_tensors
         groups: RowGroups = ctx.groups
-        (dy,) = grads
-        dy = dy.contiguous()
+        norm: Norm | None = ctx.norm
         slots, parts, rank, width = A.shape
         out = B.shape[2]
-        down = A.to(x.dtype).reshape(slots, parts * rank, width)
-        up = _gated(B, c, x.dtype)
+        dy = grads[0].contiguous()
+        du = dy if u is None else BACKWARDS[ctx.activation](dy, u)
+        down = A.to(dy.dtype).reshape(slots, parts * rank, width)
+        up = _gated(B, c, dy.dtype)
         need_x = ctx.needs_input_grad[0]
         need_a, need_b, need_c = ctx.needs_input_grad[3:6]
+        x = ACTIVATIONS[ctx.made_by](source) if need_a or norm is not None else source
+        h = x if norm is None or not need_a else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
 
-        dx = frozen_linear_backward(dy, weight) if need_x else None
+        dh = frozen_linear_backward(du, weight) if need_x else None
         # A slot without rows is in no run, so its gradients stay exact zeros.
-        dA = x.new_zeros(slots, parts * rank, width) if need_a else None
-        T = x.new_zeros(slots, groups.views, parts, out, rank) if need_b or need_c else None
+        dA = du.new_zeros(slots, parts * rank, width) if need_a else None
+        T = du.new_zeros(slots, groups.views, parts, rank, out) if need_b or need_c else None
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
-            g = dy[m0:m1].view(n * v, size, parts, out)
+            g = du[m0:m1].view(n * v, size, parts, out)
             p = P[m0:m1].view(n * v, size, parts, rank)
-            Q = x.new_empty(n * v, size, parts, rank)
+            Q = du.new_empty(n * v, size, parts, rank)
             for part in range(parts):
                 if need_x or need_a:
-                    Q[:, :, part] = torch.bmm(g[:, :, part], up[s0:s1, :, part].flatten(0, 1))
-                if T is not None:
-                    t = torch.bmm(g[:, :, part].transpose(1, 2), p[:, :, part])
-                    T[s0:s1, :, part] = t.view(n, v, out, rank)
+                    Q[:, :, part] = torch.bmm(g[:, :, part], up[s0:s1, :, part].flatten(0, 1).mT)
+                if T is not None:  # P's few columns on the left: a CPU's library takes six times as long for dYᵀ P
+                    t = torch.bmm(p[:, :, part].mT, g[:, :, part])
+                    T[s0:s1, :, part] = t.view(n, v, rank, out)
             q = Q.view(n, v * size, parts * rank)
             if dA is not None:
-                torch.bmm(q.transpose(1, 2), x[m0:m1].view(n, v * size, width), out=dA[s0:s1])
-            if dx is not None:
-                dx[m0:m1].view(n, v * size, width).baddbmm_(q, down[s0:s1])
+                torch.bmm(q.mT, h[m0:m1].view(n, v * size, width), out=dA[s0:s1])
+            if dh is not None:
+                dh[m0:m1].view(n, v * size, width).baddbmm_(q, down[s0:s1])
 
+        dx = dh
+        if dh is not None and norm is not None:
+            wanted = [True, False, False]
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+                dh, x, (width,), *stats, norm.weight, norm.bias, wanted
+            )
         dA_ = dA.view_as(A).to(A.dtype) if dA is not None else None
         dB_ = dc_ = None
         if T is not None:
             T = T.to(torch.promote_types(B.dtype, T.dtype))
             if need_b:
-                dB_ = (T * c[:, :, :, None, :]).sum(1).to(B.dtype)
+                dB_ = (T * c[..., None]).sum(1).mT.to(B.dtype)
             if need_c:
-                dc_ = (T * B[:, None]).sum(3).to(c.dtype)
-        return dx, None, None, dA_, dB_, dc_, None
+                dc_ = (T * B.mT[:, None]).sum(4).to(c.dtype)
+        residual = dy if ctx.needs_input_grad[9] else None
+        return dx, None, None, dA_, dB_, dc_, None, None, None, residual, None, None, None
 
 
 def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
-    """B' = B · diag(c), one per view: [slots, views, parts, N, R], multiplied before it is rounded."""
-    return (B[:, None] * c[:, :, :, None, :]).to(dtype)
+    """(B · diag(c))ᵀ, one per view: [slots, views, parts, R, N], multiplied before it is rounded."""
+    return (B.mT[:, None] * c[..., None]).to(dtype)
 
 
 def _check(

@@ -1,13 +1,15 @@
-"""The frozen product in both forms against fp64, on either side of the size where the form changes."""
+"""The frozen product against fp64, and what it promises of its bits and of the layout that it keeps."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fastdlp.kernels.frozen import LARGE, frozen_linear, frozen_linear_backward
+from fastdlp.kernels import frozen
+from fastdlp.kernels.frozen import ONEDNN, frozen_linear, frozen_linear_backward
 
 SHAPES = [(0, 8, 8), (1, 1, 1), (63, 100, 96), (257, 768, 100), (401, 512, 100), (1000, 300, 257)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -19,12 +21,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-def test_shapes_lie_on_both_sides() -> None:
-    products = [m * k * n for m, k, n in SHAPES]
-    assert min(products) < LARGE < max(products)
-    assert sum(p > LARGE for p in products) >= 2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -53,3 +49,36 @@ def test_rows_that_are_not_contiguous() -> None:
     x = torch.randn(512, 800)[:, ::2]
     weight = torch.randn(256, 400)
     assert torch.allclose(frozen_linear(x, weight), x @ weight.T, atol=1e-3)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="without oneDNN the library is free to sum otherwise")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(1601, 300).to(dtype), torch.randn(257, 300).to(dtype), torch.randn(257).to(dtype)
+    whole, threads = frozen_linear(x, weight, bias), torch.get_num_threads()
+    for rows in (1, 2, 31, 50, 1600):
+        assert torch.equal(frozen_linear(x[:rows], weight, bias), whole[:rows])
+        assert torch.equal(frozen_linear_backward(whole[:rows], weight), frozen_linear_backward(whole, weight)[:rows])
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(frozen_linear(x, weight, bias), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_weight_that_is_written_to_is_laid_out_again() -> None:
+    x, weight = torch.randn(5, 7), torch.randn(3, 7)
+    frozen_linear(x, weight), frozen_linear_backward(x[:, :3], weight)
+    weight.mul_(2)
+    assert torch.allclose(frozen_linear(x, weight), x @ weight.T, atol=1e-5)
+    assert torch.allclose(frozen_linear_backward(x[:, :3], weight), x[:, :3] @ weight, atol=1e-5)
+
+
+def test_the_layout_goes_with_its_weight() -> None:
+    before = len(frozen._blocked)
+    weight = torch.randn(3, 7)
+    frozen_linear(torch.randn(5, 7), weight)
+    assert len(frozen._blocked) == before + ONEDNN
+    del weight
+    gc.collect()
+    assert len(frozen._blocked) <= before
