@@ -37,6 +37,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
+from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ImageTask
 
@@ -58,14 +59,9 @@ def fastdlp_engine(
         state.gates.fill_(1.0)
     stem = moved_stem(clip.image_stem, device)
     text = problem.text.to(device)
-    task = ImageTask(
-        replace(clip.image.to(device, DTYPES[precision]), backend=backend),
-        stem,
-        _Pixels(problem.pixels),
-        (text, text),
-        clip.logit_scale,
-        1 << 40,
-    )
+    tokens = TokenSource(stem, _Pixels(problem.pixels), device, DTYPES[precision], 1 << 40)
+    tower = replace(clip.image.to(device, DTYPES[precision]), backend=backend)
+    task = ImageTask(tower, tokens, (text, text), clip.logit_scale)
 
     def everywhere(value: float) -> Tensor:
         return torch.full((clients,), value, device=device)
@@ -85,6 +81,9 @@ class _Pixels:
 
     def __call__(self, samples: np.ndarray) -> Tensor:
         return self.pixels[torch.from_numpy(samples)]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return pixels
 
 
 Losses = Callable[[], dict[str, float]]  # one step; returns its losses

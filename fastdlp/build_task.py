@@ -25,6 +25,7 @@ from fastdlp.full_task import FullTask, trains
 from fastdlp.heads import HEADS, head_shapes, head_start
 from fastdlp.layout import Shapes
 from fastdlp.methods.base import Method
+from fastdlp.resident import TokenSource
 from fastdlp.sites import AnyBranch, Site, Tensors, tower_sites
 from fastdlp.stem import ImageStem, TextStem
 from fastdlp.task import (
@@ -74,7 +75,7 @@ class Built:
 
 
 class _PixelBatches:
-    """Normalised pixels by sample number, off the memory map."""
+    """Pixels by sample number, off the memory map."""
 
     def __init__(self, pixels: Pixels, transform: Transform) -> None:
         self.pixels, self.transform = pixels, transform
@@ -83,7 +84,10 @@ class _PixelBatches:
         return len(self.pixels.labels)
 
     def __call__(self, samples: np.ndarray) -> Tensor:
-        return self.transform.normalise(torch.from_numpy(np.ascontiguousarray(self.pixels.data[samples])))
+        return torch.from_numpy(np.ascontiguousarray(self.pixels.data[samples]))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return self.transform.normalise(pixels)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def build_task(
     else:
         text = (F.normalize(f, dim=-1) for f in parts.classes())
         resident = int(memory_of(device) * RESIDENT_SHARE[device.type])
-        task = ImageTask(parts.image, parts.image_stem, parts.pixels, tuple(text), clip.logit_scale, resident)  # type: ignore[arg-type]
+        source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
+        task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
         rows, tokens = config.batch_size, len(clip.image_stem.positions)
     return Built(task, sites, shapes, starts, _micro_batch(tower, tokens, dtype, device, rows))
 

@@ -1,8 +1,8 @@
 """The federated engine: all clients step together over one copy of the frozen weights.
 
-Clients that still have a batch in this epoch form the active set of a step (lockstep); the set shrinks as
-small clients run out. A step may be cut into chunks of clients to bound memory. Order and chunks never
-decide a result: every client has its own adapters, loss, optimiser state and random stream.
+A step takes a batch of each of many clients (`plan.pack` says of which). Who steps together never decides a result:
+every client has its own adapters, loss, optimiser state and random stream. The device is told of a whole round at once
+and is read once, at its end: no step waits for the host, or the host for a step.
 
 A streamed method has one row for all: clients take turns, each from the server's copy on, and the average is summed up
 as they end.
@@ -12,8 +12,9 @@ The engine knows no method by name, no dataset and no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from fastdlp.bank import AdapterBank, Adapters, View
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective, Outputs
 from fastdlp.optimiser import Hyperparameters, update
+from fastdlp.plan import Batch, Plan, Shape, ahead, pack
+from fastdlp.replay import Step
 from fastdlp.task import ClassificationTask, Samples
 
 
@@ -43,14 +46,16 @@ class Schedule:
     """How a round is cut into steps.
 
     micro_batch: rows per view that go through the tower at once. mixed: whether clients of several federations may
-    share a chunk; where they may not, every federation is cut as it would be alone, so its products have the same
-    shapes and its results the same bits.
+    share a step; where they may not, every federation is cut as it would be alone, so its products have the same
+    shapes and its results the same bits. padded: every batch is computed as a full one, and a step has one of a few
+    numbers of them, so that few shapes occur; what is padded has no part in any loss.
     """
 
     batch_size: int
     local_epochs: int
     micro_batch: int
     mixed: bool = True
+    padded: bool = False
 
 
 @dataclass
@@ -61,6 +66,9 @@ class RoundLosses:
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     not_finite: dict[int, tuple[int, str]] = field(default_factory=dict)  # slot → (step, loss) of its first such loss
     diverged: list[int] = field(default_factory=list)  # of a streamed method: slots whose weights are not finite
+    batches: int = 0  # steps of all clients together, as they were computed
+    samples: int = 0  # of all clients' steps
+    computed: int = 0  # samples that were computed, padding included
 
 
 class Engine:
@@ -75,6 +83,7 @@ class Engine:
         slots: one entry per client; row by row those of the bank.
         labels: [samples] int64 class numbers.
         schedule: batches, epochs, chunks.
+        runner: makes what runs a step out of the step itself, such as `replay.CudaGraphs`; None: it runs as it is.
     """
 
     def __init__(
@@ -87,9 +96,14 @@ class Engine:
         slots: Sequence[Slot],
         labels: np.ndarray,
         schedule: Schedule,
+        runner: Callable[[Step], Step] | None = None,
     ) -> None:
         self.method, self.bank, self.task, self.objective, self.hyper = method, bank, task, objective, hyper
         self.slots, self.labels, self.schedule = tuple(slots), labels, schedule
+        self._labels = torch.from_numpy(np.asarray(labels, np.int64)).to(bank.device)
+        self._losses: tuple[str, ...] = ()  # names, in the order in which a step returns them
+        self._run: Step = self._step if runner is None else runner(self._step)
+        self._scoring: dict[tuple[str, frozenset[int]], Plan] = {}
         # Called as (round, slot, step, sample numbers) for every batch, in order; for whoever keeps a record.
         self.on_batch: Callable[[int, int, int, np.ndarray], None] | None = None
         # The server's copy of each shared branch, one row per federation: [federations, D].
@@ -110,23 +124,27 @@ class Engine:
 
     def train_round(self, number: int) -> RoundLosses:
         """Local epochs of every slot that has training samples; no exchange."""
-        steps = np.zeros(len(self.slots), np.int64)
-        history: list[tuple[list[int], np.ndarray, dict[str, Tensor]]] = []
-        diverged: list[int] = []
+        result = RoundLosses(steps=np.zeros(len(self.slots), np.int64))
+        history: list[tuple[Plan, list[Tensor]]] = []
         self.bank.refresh_copies()
         for together in self._turns():
-            for batches in self._lockstep(number, together):
-                for chunk in self._chunks(batches):
-                    step = _Step(self, [slot for slot, _ in chunk], [samples for _, samples in chunk])
-                    losses = {name: loss.detach() for name, loss in self.method.step(step).items()}
-                    history.append(([slot for slot, _ in chunk], np.array([len(b) for _, b in chunk]), losses))
-                for slot, samples in sorted(batches, key=lambda batch: batch[0]):
-                    if self.on_batch:
-                        self.on_batch(number, slot, int(steps[slot]), samples)
-                    steps[slot] += 1
+            queues = {slot: self._batches(number, slot) for slot in together}
+            plan = Plan(
+                self._steps(queues, self.schedule.batch_size, self.schedule.padded),
+                self.row,
+                self.bank.device,
+                self.schedule.batch_size if self.schedule.padded else None,
+            )
+            history.append((plan, [self._run(*inputs) for inputs in self._inputs(plan)]))
+            if self.on_batch:
+                for step, own in sorted((step, slot) for slot in queues for step in range(len(queues[slot]))):
+                    self.on_batch(number, own, step, queues[own][step])
+            for slot, batches in queues.items():
+                result.steps[slot] = len(batches)
             if self.method.streamed and self.bank.not_finite():  # the row is the next client's before the round ends
-                diverged += together
-        return self._summed(history, steps, diverged)
+                result.diverged += together
+        self._sum(history, result)
+        return result
 
     def aggregate(self) -> None:
         """FedAvg: the server's branch = Σ n_k/n · client's, A and B separately; everyone goes on from it."""
@@ -159,24 +177,36 @@ class Engine:
         chosen = set(among if among is not None else range(len(self.slots))) - self.idle
         samples_of: list[np.ndarray] = [getattr(slot, part) for slot in self.slots]
         found = [np.zeros(len(samples), bool) for samples in samples_of]
-        pieces = [
-            (slot, where)
-            for slot, samples in enumerate(samples_of)
-            if slot in chosen
-            for where in np.array_split(np.arange(len(samples)), -(-len(samples) // self.task.scoring_batch) or 1)
-            if len(where)
-        ]
-        for chunk in self._chunks(sorted(pieces, key=self._order)):
-            samples = Samples.of([samples_of[slot][where] for slot, where in chunk], self.labels, self.bank.device)
-            adapters = None
-            if adapted:
-                held = torch.tensor([self.row(slot) for slot, _ in chunk], device=self.bank.device)
-                adapters = self.bank.adapters(held, [self.method.scored], grad=False)
+        plan = self._scoring_plan(part, frozenset(chosen))
+        right: list[Tensor] = []
+        for words, shape, staged in self._inputs(plan):
+            rows, samples = Samples.read(words, shape, self._labels, staged)
+            adapters = self.bank.adapters(rows, [self.method.scored], grad=False) if adapted else None
             (out,) = self.task.forward(samples, 1, adapters, scoring=True)
-            right = ((out.class_logits.argmax(-1) == samples.labels) & samples.mask).cpu().numpy()
-            for (slot, where), row in zip(chunk, right):
-                found[slot][where] = row[: len(where)]
+            right.append((out.class_logits.argmax(-1) == samples.labels).flatten())
+        if not right:
+            return found
+        told = torch.cat(right).cpu().numpy()  # all of a pass at once
+        at = 0
+        seen = dict.fromkeys(chosen, 0)
+        for step, shape in zip(plan.steps, plan.shapes):
+            for slot, batch in step:
+                found[slot][seen[slot] : seen[slot] + len(batch)] = told[at : at + len(batch)]
+                seen[slot] += len(batch)
+                at += shape.samples
         return found
+
+    def _scoring_plan(self, part: str, chosen: frozenset[int]) -> Plan:
+        """The passes that score these slots; made once, since nobody's samples change."""
+        if (part, chosen) not in self._scoring:
+            size = self.task.scoring_batch
+            queues = {
+                slot: np.array_split(samples, -(-len(samples) // size))
+                for slot in sorted(chosen)
+                if len(samples := getattr(self.slots[slot], part))
+            }
+            self._scoring[part, chosen] = Plan(self._steps(queues, size), self.row, self.bank.device)
+        return self._scoring[part, chosen]
 
     def _turns(self) -> Iterator[list[int]]:
         """The slots that step together: all, or of a streamed method one after another from the server's copy on."""
@@ -197,60 +227,62 @@ class Engine:
         sizes = torch.tensor([len(self.slots[i].train) for i in slots], dtype=torch.float64)
         return sizes / sizes.sum()
 
-    def _lockstep(self, number: int, slots: Sequence[int]) -> Iterator[list[tuple[int, np.ndarray]]]:
-        """The active set of every step of a round as (slot, samples), equal sizes side by side."""
-        size = self.schedule.batch_size
+    def _batches(self, number: int, slot: int) -> list[np.ndarray]:
+        """A client's batches of a round, in their order."""
+        size, batches = self.schedule.batch_size, []
         for epoch in range(self.schedule.local_epochs):
-            orders = {i: epoch_order(self.slots[i], number, epoch) for i in slots}
-            longest = max((len(order) for order in orders.values()), default=0)
-            for start in range(0, longest, size):
-                active = [(i, order[start : start + size]) for i, order in orders.items() if start < len(order)]
-                yield sorted(active, key=self._order)
+            order = epoch_order(self.slots[slot], number, epoch)
+            batches += [order[start : start + size] for start in range(0, len(order), size)]
+        return batches
 
-    def _order(self, batch: tuple[int, np.ndarray]) -> tuple[int, int, int]:
-        """Equal sizes side by side, within each federation where they do not mix."""
-        slot, samples = batch
-        return 0 if self.schedule.mixed else self.slots[slot].federation, -len(samples), slot
+    def _steps(self, queues: Mapping[int, Sequence[np.ndarray]], size: int, padded: bool = False) -> list[list[Batch]]:
+        """Who steps together: slots of one federation where those do not mix, one slot of a streamed method."""
+        room = 1 if self.method.streamed else self.schedule.micro_batch
+        if self.schedule.mixed:
+            return pack(queues, size, room, self.task.rows, padded)
+        apart: dict[int, dict[int, Sequence[np.ndarray]]] = {}
+        for slot, batches in queues.items():
+            apart.setdefault(self.slots[slot].federation, {})[slot] = batches
+        return [step for own in apart.values() for step in pack(own, size, room, self.task.rows, padded)]
 
-    def _chunks(self, batches: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
-        """Cut (slot, samples) into runs of at most `micro_batch` rows a view (one slot at the least, and at the most of
-        a streamed method), of one federation where they do not mix."""
-        chunk: list[tuple[int, np.ndarray]] = []
-        rows = 0
-        for slot, samples in batches:
-            need = self.task.rows(len(samples))
-            full = rows + need > self.schedule.micro_batch or self.method.streamed
-            if chunk and (full or self._apart(chunk[-1][0], slot)):
-                yield chunk
-                chunk, rows = [], 0
-            chunk.append((slot, samples))
-            rows += need
-        if chunk:
-            yield chunk
+    def _inputs(self, plan: Plan) -> Iterator[tuple[Tensor, Shape, Tensor | None]]:
+        """What each step of a plan takes; what the host has to send for it is on its way one step ahead."""
+        staged: Iterator[Tensor | None] = repeat(None)
+        if stage := self.task.stage:
+            staged = ahead(lambda number: stage(plan.ids(number)), range(len(plan)))
+        return zip(plan.words, plan.shapes, staged)
 
-    def _apart(self, one: int, other: int) -> bool:
-        """Whether two slots may not share a chunk."""
-        return not self.schedule.mixed and self.slots[one].federation != self.slots[other].federation
+    def _step(self, words: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
+        """One step of the method on the device; its losses, [names, n]."""
+        losses = self.method.step(_Step(self, *Samples.read(words, shape, self._labels, staged)))
+        self._losses = tuple(losses)
+        return torch.stack([loss.detach() for loss in losses.values()])
 
-    def _summed(
-        self, history: list[tuple[list[int], np.ndarray, dict[str, Tensor]]], steps: np.ndarray, diverged: list[int]
-    ) -> RoundLosses:
-        """Means over the round. Losses leave the device here, once a round."""
-        result = RoundLosses(steps=steps, diverged=diverged)
+    def _sum(self, history: list[tuple[Plan, list[Tensor]]], result: RoundLosses) -> None:
+        """Means over the round. Losses leave the device here, in one piece."""
+        losses = [loss for _, of_plan in history for loss in of_plan]
+        if not losses:
+            return
+        told = torch.cat([loss.flatten() for loss in losses]).double().cpu().numpy()
         seen = np.zeros(len(self.slots), np.int64)
         weight = np.zeros(len(self.slots))
-        for slots, sizes, losses in history:
-            for name, values in losses.items():
-                numbers = values.double().cpu().numpy()
-                for bad in np.flatnonzero(~np.isfinite(numbers)):
-                    result.not_finite.setdefault(slots[bad], (int(seen[slots[bad]]), name))
-                total = result.means.setdefault(name, np.zeros(len(self.slots)))
-                total[slots] += numbers * sizes
-            weight[slots] += sizes
-            seen[slots] += 1
+        totals = np.zeros((len(self._losses), len(self.slots)))
+        for plan, _ in history:
+            result.batches += len(plan)
+            result.samples += plan.samples
+            result.computed += plan.computed
+            for step in plan.steps:
+                slots, sizes = [slot for slot, _ in step], np.array([len(samples) for _, samples in step])
+                values, told = np.split(told, [len(self._losses) * len(step)])
+                values = values.reshape(-1, len(step))
+                for name, column in np.argwhere(~np.isfinite(values)):
+                    slot = slots[column]
+                    result.not_finite.setdefault(slot, (int(seen[slot]), self._losses[name]))
+                totals[:, slots] += values * sizes
+                weight[slots] += sizes
+                seen[slots] += 1
         with np.errstate(invalid="ignore"):
-            result.means = {name: total / weight for name, total in result.means.items()}
-        return result
+            result.means = dict(zip(self._losses, totals / weight))
 
 
 def counted(hits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -270,10 +302,8 @@ def epoch_order(slot: Slot, number: int, epoch: int) -> np.ndarray:
 class _Step:
     """The engine's side of `fastdlp.methods.base.Step`: one chunk of active slots."""
 
-    def __init__(self, engine: Engine, slots: list[int], samples: list[np.ndarray]) -> None:
-        self.engine = engine
-        self.slots = torch.tensor([engine.row(slot) for slot in slots], device=engine.bank.device)
-        self.samples = Samples.of(samples, engine.labels, engine.bank.device)
+    def __init__(self, engine: Engine, slots: Tensor, samples: Samples) -> None:
+        self.engine, self.slots, self.samples = engine, slots, samples
         self.task = engine.objective.task
         self.distil = engine.objective.distil
         self._live: dict[str, Adapters] = {}  # per branch, the leaves of its latest forward with gradients

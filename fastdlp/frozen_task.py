@@ -24,6 +24,7 @@ class FrozenTask:
         scale: exp(logit_scale).
     """
 
+    stage = None
     scoring_batch = 1 << 20
 
     def __init__(self, encoder: str, images: Tensor, text: tuple[Tensor, Tensor], scale: float) -> None:
@@ -33,11 +34,11 @@ class FrozenTask:
         return samples
 
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
-        image, text = self.images[samples.padded(self.images.device)], self.text[scoring]
+        image, text = self.images[samples.ids], self.text[scoring]
         if adapters is None:
             return [self._outputs(samples, image, text)] * views
         if self.encoder == "text":
-            text = text.expand(len(samples.ids), -1, -1)
+            text = text.expand(len(samples.sizes), -1, -1)
         outputs = []
         for view in adapters.views:
             f, classified = (image, None) if self.encoder == "image" else (text, None)

@@ -5,9 +5,11 @@ The engine streams clients through this task one at a time: a batch belongs to o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from torch.func import functional_call
 from fastdlp.bank import Adapters
 from fastdlp.frozen_task import apply_heads
 from fastdlp.objective import Outputs
-from fastdlp.task import PixelSource, Samples
+from fastdlp.resident import PixelSource, stage
+from fastdlp.task import Samples
 
 
 class FullTask:
@@ -26,7 +29,7 @@ class FullTask:
         net: a CLIP with `encode_image` and `encode_text`, on the device, fp32. Only what is frozen is read from it.
         names: of the trained parameters of `net`.
         encoder: "image", "text" or "both".
-        pixels: normalised pixels by sample number.
+        pixels: by sample number.
         prompts: token ids [K, context] of the training and of the scoring prompts.
         images: normalised image features [samples, d] of the frozen encoder; where images are encoded, for the frozen
             model's accuracy alone.
@@ -57,6 +60,10 @@ class FullTask:
     def rows(self, samples: int) -> int:
         return samples
 
+    @property
+    def stage(self) -> Callable[[np.ndarray], Tensor] | None:
+        return None if self.encoder == "text" else partial(stage, self.pixels, self.images.device)
+
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
         if adapters is None:
             return [self._frozen(samples, scoring)] * views
@@ -66,16 +73,15 @@ class FullTask:
         ]
 
     def _frozen(self, samples: Samples, scoring: bool) -> Outputs:
-        image = self.images[samples.padded(self.images.device)]
+        image = self.images[samples.ids]
         return Outputs(image, self.text[scoring], samples.labels, samples.mask, self.scale)
 
     def _outputs(self, samples: Samples, tensors: dict[str, Tensor], row: Tensor, scoring: bool) -> Outputs:
-        (ids,) = samples.ids
         weights = {f"net.{name}": tensors[name][0].to(self.dtype) for name in self.names}
-        device = self.images.device
-        image, text, classified = self.images[samples.padded(device)], self.text[scoring], None
-        if self.encoder != "text":
-            features = self._encoded("image", self.pixels(ids).to(device, self.dtype), weights)[None]
+        image, text, classified = self.images[samples.ids], self.text[scoring], None
+        if samples.staged is not None:
+            pixels = self.pixels.normalise(samples.staged).to(self.dtype)
+            features = self._encoded("image", pixels, weights)[None]
             features, classified = apply_heads(features, tensors)
             image = F.normalize(features, dim=-1)
         if self.encoder != "image":

@@ -7,8 +7,9 @@ features are constants. Both compute the frozen side and the frozen stem once pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -19,19 +20,10 @@ from torch import Tensor
 from fastdlp.bank import Adapters
 from fastdlp.kernels.dual_lora import RowGroups
 from fastdlp.objective import Outputs
+from fastdlp.plan import Inputs, Shape
+from fastdlp.resident import FROZEN_BATCH, PixelSource, TokenSource, stage
 from fastdlp.stem import ImageStem
 from fastdlp.tower import Tower
-
-FROZEN_BATCH = 64  # images a pass through the frozen stem or tower
-
-
-class PixelSource(Protocol):
-    """Normalised pixels of samples, from wherever they lie."""
-
-    def __len__(self) -> int: ...
-
-    def __call__(self, samples: np.ndarray) -> Tensor:
-        """[n] sample numbers → [n, 3, S, S] fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +36,32 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Whose samples a forward is for: one array of sample numbers per active slot, and their labels padded."""
+    """Whose samples a forward is for; S is the most that a slot has."""
 
-    ids: tuple[np.ndarray, ...]
+    ids: Tensor  # [n, S] int64, padded with the slot's first, so that no slot sees another's
     labels: Tensor  # [n, S] int64
-    mask: Tensor  # [n, S] bool
+    mask: Tensor  # [n, S] bool: no padding
+    sizes: tuple[int, ...]  # samples of each slot that go through the tower; the true number, or S for all
+    staged: Tensor | None = None  # what `ClassificationTask.stage` gave for the ids, padding included
 
     @staticmethod
-    def of(ids: Sequence[np.ndarray], labels: np.ndarray, device: torch.device) -> Samples:
-        """Pad the labels of `ids` to the longest slot."""
-        longest = max(len(i) for i in ids)
-        padded, mask = np.zeros((len(ids), longest), np.int64), np.zeros((len(ids), longest), bool)
-        for row, samples in enumerate(ids):
-            padded[row, : len(samples)] = labels[samples]
-            mask[row, : len(samples)] = True
-        return Samples(tuple(ids), torch.from_numpy(padded).to(device), torch.from_numpy(mask).to(device))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(len(i) for i in self.ids)
-
-    def padded(self, device: torch.device) -> Tensor:
-        """Sample numbers [n, S], padded with the slot's first, so that no slot sees another's."""
-        longest = max(self.sizes)
-        rows = np.stack([np.concatenate([ids, np.full(longest - len(ids), ids[0])]) for ids in self.ids])
-        return torch.from_numpy(rows).to(device)
+    def read(words: Tensor, shape: Shape, labels: Tensor, staged: Tensor | None) -> tuple[Tensor, Samples]:
+        """The bank's rows [n] and the samples of a step of a `Plan`; labels [samples] int64 on the same device."""
+        inputs = Inputs.read(words, shape)
+        mask = torch.arange(shape.samples, device=words.device) < inputs.counts[:, None]
+        return inputs.slots, Samples(inputs.ids, labels[inputs.ids], mask, shape.sizes, staged)
 
 
 class ClassificationTask(Protocol):
     """What the engine asks of a task."""
 
     scoring_batch: int  # samples of one slot in one scoring pass
+
+    @property
+    def stage(self) -> Callable[[np.ndarray], Tensor] | None:
+        """Brings to the device what a step of samples [n · S] needs beside their numbers; None where all is there.
+
+        Called on the host, one step ahead."""
 
     def rows(self, samples: int) -> int:
         """Rows that one slot sends through the tower per view for this many samples."""
@@ -88,11 +75,9 @@ class ImageTask:
 
     Args:
         tower: frozen image tower on its device and in its dtype.
-        stem: frozen image stem, same device, fp32.
-        pixels: normalised pixels by sample number.
+        tokens: of all samples behind the frozen stem, same device and dtype.
         text: normalised class features [K, d] of the training and of the scoring prompts, fp32.
         scale: exp(logit_scale).
-        resident: how many bytes of stem tokens may be kept; beyond, the stem runs again for every batch.
     """
 
     scoring_batch = 128
@@ -100,51 +85,47 @@ class ImageTask:
     def __init__(
         self,
         tower: Tower,
-        stem: ImageStem,
-        pixels: PixelSource,
+        tokens: TokenSource,
         text: tuple[Tensor, Tensor],
         scale: float,
-        resident: int,
     ) -> None:
-        self.tower, self.stem, self.pixels, self.text, self.scale = tower, stem, pixels, text, scale
-        weight = tower.proj.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        tokens, width = stem.positions.shape
-        self._tokens: Tensor | None = None
-        if len(pixels) * tokens * width * weight.element_size() <= resident:
-            self._tokens = torch.empty(len(pixels), tokens, width, dtype=self.dtype, device=self.device)
-            for part in np.array_split(np.arange(len(pixels)), max(1, -(-len(pixels) // FROZEN_BATCH))):
-                self._tokens[torch.from_numpy(part).to(self.device)] = self._stem(part)
+        self.tower, self.tokens, self.text, self.scale = tower, tokens, text, scale
 
     def rows(self, samples: int) -> int:
         return samples
 
+    @property
+    def stage(self) -> Callable[[np.ndarray], Tensor] | None:
+        return self.tokens.stage
+
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
         groups = RowGroups(samples.sizes, views)
-        ids = np.concatenate([i for i in samples.ids for _ in range(views)])
-        features = F.normalize(self.tower.features(self._rows(ids), groups, adapters), dim=-1)
-        outputs = []
-        for view in range(views):
-            image = features[self._padded(samples, views, view)]
-            outputs.append(Outputs(image, self.text[scoring], samples.labels, samples.mask, self.scale))
-        return outputs
+        taken, placed = _places(groups, samples.ids.shape[1], samples.ids.device)
+        ids = samples.ids.flatten()
+        if samples.staged is None:
+            rows = self.tokens(ids.index_select(0, taken), None)
+        else:
+            rows = self.tokens(ids, samples.staged).index_select(0, taken)
+        features = F.normalize(self.tower.features(rows, groups, adapters), dim=-1)
+        return [
+            Outputs(features[where], self.text[scoring], samples.labels, samples.mask, self.scale) for where in placed
+        ]
 
-    def _rows(self, ids: np.ndarray) -> Tensor:
-        if self._tokens is None:
-            return self._stem(ids)
-        return self._tokens.index_select(0, torch.from_numpy(ids).to(self.device))
 
-    def _stem(self, ids: np.ndarray) -> Tensor:
-        with torch.no_grad():
-            return self.stem(self.pixels(ids).to(self.device)).to(self.dtype)
+@lru_cache(maxsize=512)
+def _places(groups: RowGroups, samples: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Between samples padded to [n, S] and rows sorted by group.
 
-    def _padded(self, samples: Samples, views: int, view: int) -> Tensor:
-        """Row numbers [n, S] of one view; padding points at the slot's own first row, so no slot sees another's."""
-        sizes = np.array(samples.sizes)
-        first = views * (np.cumsum(sizes) - sizes) + view * sizes
-        within = np.arange(sizes.max())[None, :]
-        rows = first[:, None] + np.where(within < sizes[:, None], within, 0)
-        return torch.from_numpy(rows).to(self.device)
+    Returns:
+        [rows] the place among the n · S of every row, and per view the row of every place, [n, S]; padding points at
+        the slot's own first row.
+    """
+    sizes, views = np.array(groups.sizes), groups.views
+    within = np.arange(samples)
+    taken = [slot * samples + within[:size] for slot, size in enumerate(sizes) for _ in range(views)]
+    first = views * (np.cumsum(sizes) - sizes)[:, None] + np.where(within < sizes[:, None], within, 0)
+    placed = [torch.from_numpy(first + view * sizes[:, None]).to(device) for view in range(views)]
+    return torch.from_numpy(np.concatenate(taken)).to(device), placed
 
 
 class TextTask:
@@ -157,6 +138,7 @@ class TextTask:
         scale: exp(logit_scale).
     """
 
+    stage = None
     scoring_batch = 1 << 20  # the tower runs once a slot however many samples are scored
 
     def __init__(self, tower: Tower, prompts: tuple[Prompts, Prompts], images: Tensor, scale: float) -> None:
@@ -167,7 +149,7 @@ class TextTask:
 
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
         prompts = self.prompts[scoring]
-        n, classes = len(samples.ids), len(prompts.tokens)
+        n, classes = len(samples.sizes), len(prompts.tokens)
         if adapters is None:  # the frozen model is the same for every slot
             text = self.tower.features(prompts.tokens, index=prompts.index)[None, None].expand(n, views, -1, -1)
         else:
@@ -177,7 +159,7 @@ class TextTask:
             )
             text = features.view(n, views, classes, -1)
         text = F.normalize(text, dim=-1)
-        image = self.images[samples.padded(self.images.device)]
+        image = self.images[samples.ids]
         return [Outputs(image, text[:, v], samples.labels, samples.mask, self.scale) for v in range(views)]
 
 
@@ -189,7 +171,7 @@ def frozen_image_features(
     weight = tower.proj.weight
     features = []
     for part in np.array_split(np.arange(len(pixels)), max(1, -(-len(pixels) // FROZEN_BATCH))):
-        tokens = stem(pixels(part).to(weight.device)).to(weight.dtype)
+        tokens = stem(pixels.normalise(stage(pixels, weight.device, part))).to(weight.dtype)
         features.append(tower.features(tokens))
         if progress:
             progress(len(part))

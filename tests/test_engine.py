@@ -17,26 +17,16 @@ from fastdlp.engine import Engine, Schedule, Slot, epoch_order
 from fastdlp.methods import make_method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
+from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
 from tests.models import tiny_clip
+from tests.recording import Recorded
+from tests.steps import Images
 
 SIZES = (1, 31, 32, 33, 100)
 TESTS = (0, 3, 150, 2, 9)
 CLASSES = ["apple", "pear", "water melon"]
-
-
-class Images:
-    """Random pixels by sample number."""
-
-    def __init__(self, n: int, size: int) -> None:
-        self.pixels = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __call__(self, samples: np.ndarray) -> torch.Tensor:
-        return self.pixels[torch.from_numpy(samples)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +53,8 @@ def task_of(clip: Clip, encoder: str, samples: int, resident: int = 1 << 40) -> 
             clip.logit_scale,
         )
     text = F.normalize(frozen_text_features(clip.text, prompts), dim=-1)
-    return ImageTask(clip.image, clip.image_stem, images, (text, text), clip.logit_scale, resident)
+    tokens = TokenSource(clip.image_stem, images, torch.device("cpu"), torch.float32, resident)
+    return ImageTask(clip.image, tokens, (text, text), clip.logit_scale)
 
 
 def engine(
@@ -77,19 +68,24 @@ def engine(
     """An engine over `chosen`, whose numbers depend on the client, not on the row it sits in."""
     config = TrainConfig(method=method, teacher=options.pop("teacher", "fresh"))
     schedule = Schedule(
-        options.pop("batch_size", 32), options.pop("local_epochs", 1), options.pop("micro_batch", 10_000)
+        options.pop("batch_size", 32),
+        options.pop("local_epochs", 1),
+        options.pop("micro_batch", 10_000),
+        padded=options.pop("padded", False),
     )
+    runner = options.pop("runner", None)
     m = make_method(config)
     bank = AdapterBank(tower_sites(clip.tower(encoder).shape), m.branches(), len(chosen))
-    bank.initialise("gaussian", {"local": [[s.client] for s in chosen], "global": [[99]] * len(chosen)})
+    words = {"local": [[s.client] for s in chosen], "global": [[99]] * len(chosen), "frozen": [[99]] * len(chosen)}
+    bank.initialise("gaussian", words)
     lr = torch.tensor([1e-3 * (1 + s.client) for s in chosen])  # every slot its own
     hyper = Hyperparameters(
         lr, lr / 2, torch.full_like(lr, 1e-4), 0.1 * (1 + lr * 1e3), clip_norm=options.pop("clip_norm", 0.0)
     )
-    total = sum(SIZES) + sum(TESTS)
+    total = max(sum(SIZES) + sum(TESTS), sum(len(s.train) + len(s.test) for s in chosen))
     labels = np.arange(total) % len(CLASSES)
     task = task_of(clip, encoder, total, resident)
-    return Engine(m, bank, task, Objective(**options), hyper, chosen, labels, schedule)
+    return Engine(m, bank, task, Objective(**options), hyper, chosen, labels, schedule, runner)
 
 
 def rows(e: Engine) -> dict[int, dict[str, torch.Tensor]]:
@@ -154,6 +150,55 @@ def test_chunks_and_row_order_decide_nothing(clip: Clip, encoder: str) -> None:
         other.train_round(3)
         for slot in slots():
             assert_same(rows(other)[slot.client], rows(whole)[slot.client], lr=1e-3 * (1 + slot.client))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_padding_decides_nothing(clip: Clip, encoder: str, variant: str) -> None:
+    """Full shapes for all batches, as a CUDA graph wants them, against every batch in its own."""
+    own, padded = (engine(clip, slots(), encoder, padded=padded, **VARIANTS[variant]) for padded in (False, True))
+    for number in (1, 2):
+        losses, theirs = padded.train_round(number), own.train_round(number)
+        assert np.array_equal(losses.steps, theirs.steps)
+        assert losses.samples == theirs.samples == theirs.computed == sum(SIZES)
+        assert losses.computed == 32 * losses.steps.sum()
+        for name, mean in theirs.means.items():
+            assert losses.means[name] == pytest.approx(mean, rel=1e-4, abs=1e-6)
+    for slot in slots():
+        assert_same(rows(padded)[slot.client], rows(own)[slot.client], lr=1e-3 * (1 + slot.client))
+
+
+@pytest.mark.parametrize("resident", [1 << 40, 0], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    ("encoder", "method", "variant"),
+    [("image", "feddlp", v) for v in VARIANTS]
+    + [("text", "feddlp", v) for v in VARIANTS]
+    + [("image", m, "paper") for m in ("flora", "feddat", "combined", "local-sora")],
+)
+def test_a_recorded_step_takes_nothing_from_the_host(
+    clip: Clip, encoder: str, method: str, variant: str, resident: int
+) -> None:
+    """Replayed with other clients' inputs it computes what it computes when it runs anew, to the bit."""
+    options = VARIANTS[variant] | {"padded": True, "micro_batch": 64, "local_epochs": 2, "resident": resident}
+    plain, recorded = (engine(clip, slots(), encoder, method, runner=runner, **options) for runner in (None, Recorded))
+    for number in (1, 2):
+        losses, theirs = recorded.train_round(number), plain.train_round(number)
+        for name, mean in theirs.means.items():
+            assert np.array_equal(losses.means[name], mean), name
+        recorded.aggregate(), plain.aggregate()
+    assert recorded._run.replays >= 8
+    for slot in slots():
+        for name, value in rows(plain)[slot.client].items():
+            assert torch.equal(rows(recorded)[slot.client][name], value), name
+
+
+def test_a_client_with_most_of_the_data_costs_its_samples(clip: Clip) -> None:
+    """β = 0.01: nothing is computed for clients that are done, and the last batches go through together."""
+    sizes = (700, *range(30, 39))
+    skewed = engine(clip, slots(sizes, (0,) * 10))
+    losses = skewed.train_round(1)
+    assert losses.samples == losses.computed == sum(sizes)
+    assert losses.batches == 22  # the large client's
 
 
 def test_same_run_same_bits(clip: Clip) -> None:

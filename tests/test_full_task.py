@@ -27,26 +27,13 @@ from fastdlp.layout import flat
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters, update
 from fastdlp.sites import Tensors
-from fastdlp.task import Samples
 from tests.conftest import CLI
 from tests.models import tiny_clip
+from tests.steps import Images, samples_of
 
 CLASSES = ["apple", "pear", "water melon"]
 LABELS = np.array([0, 1, 2, 2, 0])
 ENCODERS = ("image", "text", "both")
-
-
-class Images:
-    """Random pixels by sample number."""
-
-    def __init__(self, n: int, size: int) -> None:
-        self.pixels = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __call__(self, samples: np.ndarray) -> Tensor:
-        return self.pixels[torch.from_numpy(samples)]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +104,7 @@ def test_logits_and_every_gradient(
     net, task = _moved(clip, encoder), _full(clip, inputs, encoder)
     bank = _bank(net, encoder)
     adapters = bank.adapters(torch.tensor([0]), [("global",)], grad=True)
-    samples = Samples.of([SAMPLES], LABELS, torch.device("cpu"))
+    samples = samples_of([SAMPLES], LABELS, task)
     (out,) = task.forward(samples, 1, adapters, scoring)
     expected = _logits(net, inputs, scoring, clip.logit_scale)
     assert torch.allclose(out.class_logits[0], expected, atol=1e-4)
@@ -136,7 +123,7 @@ def test_with_a_classifier(clip: Clip, inputs: tuple[Images, tuple[Tensor, Tenso
     net, task = _moved(clip, "image"), _full(clip, inputs, "image")
     bank = _bank(net, "image", classifier=True)
     adapters = bank.adapters(torch.tensor([0]), [("global",)], grad=True)
-    (out,) = task.forward(Samples.of([SAMPLES], LABELS, torch.device("cpu")), 1, adapters)
+    (out,) = task.forward(samples_of([SAMPLES], LABELS, task), 1, adapters)
     named = bank.named("global", 0)
     expected = net.encode_image(inputs[0](SAMPLES)) @ named["classifier/weight"].T + named["classifier/bias"]  # type: ignore[operator]
     assert torch.allclose(out.class_logits[0], expected, atol=1e-4)
@@ -148,7 +135,7 @@ def test_in_bf16(encoder: str, clip: Clip, inputs: tuple[Images, tuple[Tensor, T
     net, task = _moved(clip, encoder), _full(clip, inputs, encoder, torch.bfloat16)
     bank = _bank(net, encoder)
     adapters = bank.adapters(torch.tensor([0]), [("global",)], grad=True)
-    (out,) = task.forward(Samples.of([SAMPLES], LABELS, torch.device("cpu")), 1, adapters)
+    (out,) = task.forward(samples_of([SAMPLES], LABELS, task), 1, adapters)
     expected = _logits(net, inputs, False, clip.logit_scale)
     assert (out.class_logits[0] - expected).abs().max() < 0.03 * clip.logit_scale
     (weights, _) = adapters.gradients(Objective().task(out).sum(), ["global"])["global"]
@@ -160,7 +147,7 @@ def test_the_network_itself_is_never_changed(clip: Clip, inputs: tuple[Images, t
     before = {name: p.clone() for name, p in clip.net.named_parameters()}
     task, bank = _full(clip, inputs, "both"), _bank(_moved(clip, "both"), "both")
     adapters = bank.adapters(torch.tensor([0]), [("global",)], grad=True)
-    samples = Samples.of([SAMPLES], LABELS, torch.device("cpu"))
+    samples = samples_of([SAMPLES], LABELS, task)
     (out,) = task.forward(samples, 1, adapters)
     adapters.gradients(Objective().task(out).sum(), ["global"])
     for name, p in clip.net.named_parameters():
@@ -201,7 +188,7 @@ def test_the_server_s_file_is_what_clients_are_scored_with(
     net.load_state_dict(trained, strict=False)
     for client, slot in zip(summary["per_client"], federation.slots, strict=True):
         with torch.no_grad():
-            features = net.encode_image(task.pixels(slot.test))
+            features = net.encode_image(task.pixels.normalise(task.pixels(slot.test)))
             if head:
                 logits = F.linear(features, head["classifier/weight"], head["classifier/bias"])
             else:
@@ -240,7 +227,7 @@ def test_clients_take_turns_from_the_server_s_copy(few: Path, tmp_path: Path) ->
         for epoch in range(2):
             samples = epoch_order(federation.slots[slot], 1, epoch)
             for at in range(0, len(samples), 4):
-                batch = Samples.of([samples[at : at + 4]], federation.pixels.labels, torch.device("cpu"))
+                batch = samples_of([samples[at : at + 4]], federation.pixels.labels, alone.task)
                 adapters = alone.bank.adapters(torch.tensor([0]), [("global",)], grad=True)
                 (out,) = alone.task.forward(batch, 1, adapters)
                 grads = adapters.gradients(Objective().task(out).sum(), ["global"])["global"]

@@ -17,7 +17,7 @@ from fastdlp.heads import HEADS, attend, classify, head_shapes, head_start
 from fastdlp.layout import flat
 from fastdlp.objective import Objective
 from fastdlp.sites import Tensors
-from fastdlp.task import Samples
+from tests.steps import samples_of
 
 D, K, SLOTS = 6, 4, 3
 SCALE = 20.0
@@ -122,7 +122,7 @@ def _task(encoder: str, modules: tuple[str, ...]) -> tuple[FrozenTask, AdapterBa
 
 
 def _forward(task: FrozenTask, bank: AdapterBank, scoring: bool, grad: bool = False) -> Any:
-    samples = Samples.of(SAMPLES, LABELS, torch.device("cpu"))
+    samples = samples_of(SAMPLES, LABELS, task)
     adapters = bank.adapters(torch.arange(SLOTS), [("global",)], grad)
     (out,) = task.forward(samples, 1, adapters, scoring)
     return out, adapters
@@ -173,7 +173,7 @@ def test_gradients_of_padded_batches(encoder: str) -> None:
 
 def test_the_frozen_model_has_no_head() -> None:
     task, _, _ = _task("image", ("attention",))
-    samples = Samples.of(SAMPLES, LABELS, torch.device("cpu"))
+    samples = samples_of(SAMPLES, LABELS, task)
     (out,) = task.forward(samples, 1, None, scoring=True)
     expected = SCALE * F.normalize(task.images[SAMPLES[0]], dim=-1) @ F.normalize(task.text[1], dim=-1).T
     assert torch.allclose(out.class_logits[0], expected, atol=1e-5)
