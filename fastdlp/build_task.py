@@ -24,6 +24,7 @@ from fastdlp.frozen_task import FrozenTask
 from fastdlp.full_task import FullTask, trains
 from fastdlp.heads import HEADS, head_shapes, head_start
 from fastdlp.layout import Shapes
+from fastdlp.memory import rows_at_once
 from fastdlp.methods.base import Method
 from fastdlp.resident import TokenSource
 from fastdlp.sites import AnyBranch, Site, Tensors, tower_sites
@@ -39,16 +40,8 @@ from fastdlp.task import (
 from fastdlp.tower import Norm, Tower
 
 PLAIN_TEMPLATE = "a photo of a {}."
-# Share of the machine's memory that activations and the resident stem tokens may each take.
-ACTIVATION_SHARE = {"cpu": 0.25, "cuda": 0.6}
-RESIDENT_SHARE = {"cpu": 0.15, "cuda": 0.15}
-# What the widest activation may take on a CPU, whose cache holds several: with 240 clients of digits a row cost 1.2
-# times as much at 44 MB and 1.7 times at 197 MB as at 11 MB (EPYC with 32 MB of L3).
-CACHE = 12 << 20
-# Kept for backward per token, block and unit of width: two norms' inputs and outputs, q, k, v, attention's output,
-# and four widths each of fc1's output and the activation's.
-ACTIVATIONS_PER_WIDTH = 16
-GRAPHS = 2  # autograd graphs that a step holds at once (local and global)
+# Share of the device's memory that stem tokens or pixels may take, so that no step waits for them.
+RESIDENT_SHARE = 0.15
 # fp32 copies of all trained weights in full fine-tuning: the server's, the client's, its two moments, the sum for the
 # average, the model's own; then the gradient by tensor and as a row, or a clone and its bytes while a file is written.
 # Measured with ViT-B/32: 9.1 to 9.6 in fp32 and bf16.
@@ -142,11 +135,12 @@ def build_task(
         rows, tokens = len(pixels.class_names), parts.prompts[0].tokens.shape[1]
     else:
         text = (F.normalize(f, dim=-1) for f in parts.classes())
-        resident = int(memory_of(device) * RESIDENT_SHARE[device.type])
+        resident = int(memory_of(device) * RESIDENT_SHARE)
         source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
         task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
         rows, tokens = config.batch_size, len(clip.image_stem.positions)
-    return Built(task, sites, shapes, starts, _micro_batch(tower, tokens, dtype, device, rows))
+    at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, config.backend, device, rows)
+    return Built(task, sites, shapes, starts, at_once)
 
 
 def _parts(
@@ -243,13 +237,3 @@ def moved_stem(stem: Stem, device: torch.device) -> Stem:
         elif isinstance(value, Norm):
             moved[name] = Norm(value.weight.to(device), value.bias.to(device), value.eps)
     return replace(stem, **moved)
-
-
-def _micro_batch(tower: Tower, tokens: int, dtype: torch.dtype, device: torch.device, least: int) -> int:
-    """Rows a view that fit the share of memory meant for activations, and a CPU's cache; at least one slot's."""
-    shape = tower.shape
-    row = ACTIVATIONS_PER_WIDTH * GRAPHS * shape.layers * shape.width * tokens * dtype.itemsize
-    rows = int(memory_of(device) * ACTIVATION_SHARE[device.type]) // row
-    if device.type == "cpu":
-        rows = min(rows, CACHE // (shape.mlp * tokens * dtype.itemsize))
-    return max(least, rows)

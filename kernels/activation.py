@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +12,21 @@ from torch import Tensor
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x · sigmoid(1.702 x), keeping x alone for the backward."""
+    """x · sigmoid(1.702 x), keeping 1.702 x alone for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * 1.702, inplace=True).div_(1.702)
+        scaled = x * 1.702
+        ctx.save_for_backward(scaled)
+        return _quick_gelu(scaled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return _quick_gelu_backward(grads[0], x)
+        return torch.ops.aten.silu_backward(grads[0], *ctx.saved_tensors)
 
 
-def _quick_gelu_backward(dy: Tensor, u: Tensor) -> Tensor:
-    scaled = u * 1.702
-    # In place: a fresh buffer of this size costs as much as the arithmetic on a CPU.
-    return torch.ops.aten.silu_backward.grad_input(dy, scaled, grad_input=scaled)
+def _quick_gelu(scaled: Tensor) -> Tensor:
+    return F.silu(scaled).div_(1.702)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,10 +36,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-# dY · φ'(u) of each, from dY and u.
-BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda dy, u: dy,
-    "quick_gelu": _quick_gelu_backward,
-    "gelu": lambda dy, u: torch.ops.aten.gelu_backward(dy, u),
-    "gelu_tanh": lambda dy, u: torch.ops.aten.gelu_backward(dy, u, approximate="tanh"),
+
+class Kept(NamedTuple):
+    """An activation by what a hand-written backward keeps of its argument u: one tensor, in u's own memory."""
+
+    keep: Callable[[Tensor], Tensor]  # u, which is written over → what is kept
+    value: Callable[[Tensor], Tensor]  # kept → φ(u)
+    backward: Callable[[Tensor, Tensor], Tensor]  # dY, kept → dY · φ'(u)
+
+
+KEPT: dict[str, Kept] = {
+    "none": Kept(lambda u: u, lambda u: u, lambda dy, u: dy),
+    "quick_gelu": Kept(lambda u: u.mul_(1.702), _quick_gelu, torch.ops.aten.silu_backward),
+    "gelu": Kept(lambda u: u, F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Kept(lambda u: u, ACTIVATIONS["gelu_tanh"], partial(torch.ops.aten.gelu_backward, approximate="tanh")),
 }

@@ -33,10 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.kernels.activation import ACTIVATIONS, BACKWARDS
+from fastdlp.kernels import frozen
+from fastdlp.kernels.activation import ACTIVATIONS, KEPT
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups
+
+LARGE = 1 << 19  # entries of a group's x above which oneDNN's product was the faster one
 
 __all__ = [
     "DualLoRAFunction",
@@ -147,10 +150,10 @@ def dual_lora(
 
 @dataclass(frozen=True)
 class Recompute:
-    """How an input is made again: φ(argument). It is then not kept for the backward, and the argument is kept once for
-    two linears."""
+    """How an input is made again: by an activation from what that one keeps. So it is not kept itself, and what is kept
+    serves two linears."""
 
-    argument: Tensor
+    kept: Tensor  # see `activation.Kept`
     activation: str
 
 
@@ -171,7 +174,7 @@ def dual_lora_recomputing(
 ) -> tuple[Tensor, Recompute | None]:
     """`dual_lora`, and how its result is made again by the linear that takes it, as that one's `made`.
 
-    `made` says that x = φ(argument). The Triton form keeps φ' and x themselves, which it reads in its products: it
+    `made` says how x was made. The Triton form keeps φ' and x themselves, which it reads in its products: it
     returns None, and `made` changes nothing there.
     """
     _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
@@ -179,9 +182,9 @@ def dual_lora_recomputing(
         from fastdlp.kernels.dual_lora_ops import dual_lora_fused
 
         return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual), None
-    argument, by = (None, "none") if made is None else (made.argument, made.activation)
+    source, by = (None, "none") if made is None else (made.kept, made.activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, c, residual))
-    y, u = DualLoRAFunction.apply(x, weight, bias, A, B, c, groups, norm, activation, residual, argument, by, keep)
+    y, u = DualLoRAFunction.apply(x, weight, bias, A, B, c, groups, norm, activation, residual, source, by, keep)
     return y, None if u is None else Recompute(u, activation)
 
 
@@ -205,7 +208,7 @@ class DualLoRAFunction(torch.autograd.Function):
         norm: Norm | None,
         activation: str,
         residual: Tensor | None,
-        argument: Tensor | None,
+        source: Tensor | None,
         made_by: str,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -226,14 +229,17 @@ class DualLoRAFunction(torch.autograd.Function):
             target = u[m0:m1].view(n * v, size, parts, out)
             for part in range(parts):
                 target[:, :, part].baddbmm_(p[:, :, part], up[s0:s1, :, part].flatten(0, 1))
-        y = ACTIVATIONS[activation](u)
+        u = KEPT[activation].keep(u)
+        y = KEPT[activation].value(u)
         if residual is not None:
             y.add_(residual)
         if not keep:
             return y, None
         ctx.groups, ctx.norm, ctx.activation, ctx.made_by = groups, norm, activation, made_by
-        source = x if argument is None else argument
-        ctx.save_for_backward(source, weight, A, B, c, P, None if activation == "none" else u, *stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if source is None else source, weight, A, B, c, P, None if activation == "none" else u, *stats
+        )
         if activation == "none":
             return y, None
         ctx.mark_non_differentiable(u)
@@ -246,13 +252,15 @@ class DualLoRAFunction(torch.autograd.Function):
         norm: Norm | None = ctx.norm
         slots, parts, rank, width = A.shape
         out = B.shape[2]
+        if grads[0] is None:
+            return (None,) * 13
         dy = grads[0].contiguous()
-        du = dy if u is None else BACKWARDS[ctx.activation](dy, u)
+        du = dy if u is None else KEPT[ctx.activation].backward(dy, u)
         down = A.to(dy.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, dy.dtype)
         need_x = ctx.needs_input_grad[0]
         need_a, need_b, need_c = ctx.needs_input_grad[3:6]
-        x = ACTIVATIONS[ctx.made_by](source) if need_a or norm is not None else source
+        x = KEPT[ctx.made_by].value(source) if need_a or norm is not None else source
         h = x if norm is None or not need_a else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
 
         dh = frozen_linear_backward(du, weight) if need_x else None
@@ -262,17 +270,16 @@ class DualLoRAFunction(torch.autograd.Function):
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
             g = du[m0:m1].view(n * v, size, parts, out)
-            p = P[m0:m1].view(n * v, size, parts, rank)
+            if T is not None:  # P's few columns on the left: a CPU's library takes six times as long for dYᵀ P
+                t = _columns_by_rows(P[m0:m1].view(n * v, size, -1), g.flatten(2), parts)
+                T[s0:s1] = t.view(n, v, parts, rank, out)
             Q = du.new_empty(n * v, size, parts, rank)
             for part in range(parts):
                 if need_x or need_a:
                     Q[:, :, part] = torch.bmm(g[:, :, part], up[s0:s1, :, part].flatten(0, 1).mT)
-                if T is not None:  # P's few columns on the left: a CPU's library takes six times as long for dYᵀ P
-                    t = torch.bmm(p[:, :, part].mT, g[:, :, part])
-                    T[s0:s1, :, part] = t.view(n, v, rank, out)
             q = Q.view(n, v * size, parts * rank)
             if dA is not None:
-                torch.bmm(q.mT, h[m0:m1].view(n, v * size, width), out=dA[s0:s1])
+                dA[s0:s1] = _columns_by_rows(q, h[m0:m1].view(n, v * size, width), 1)[:, 0]
             if dh is not None:
                 dh[m0:m1].view(n, v * size, width).baddbmm_(q, down[s0:s1])
 
@@ -294,9 +301,23 @@ class DualLoRAFunction(torch.autograd.Function):
         return dx, None, None, dA_, dB_, dc_, None, None, None, residual, None, None, None
 
 
+def _columns_by_rows(p: Tensor, x: Tensor, parts: int) -> Tensor:
+    """pᵀ x of every group and part: p [groups, M, parts · r], x [groups, M, parts · N] → [groups, parts, r, N].
+
+    Large fp32 products of few columns go to oneDNN on a CPU, since torch's library takes five times as long for them;
+    those of one part with another's columns are computed as well and dropped.
+    """
+    p_parts, x_parts = p.unflatten(2, (parts, -1)), x.unflatten(2, (parts, -1))
+    if x.dtype == torch.float32 and x.shape[1] * x.shape[2] >= LARGE and frozen.by_onednn(x):
+        whole = torch.stack([frozen.product(own.T, rows.T) for own, rows in zip(p, x)])
+        blocks = whole.view(len(p), parts, p_parts.shape[3], parts, x_parts.shape[3])
+        return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return torch.stack([torch.bmm(p_parts[:, :, i].mT, x_parts[:, :, i]) for i in range(parts)], dim=1)
+
+
 def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """(B · diag(c))ᵀ, one per view: [slots, views, parts, R, N], multiplied before it is rounded."""
-    return (B.mT[:, None] * c[..., None]).to(dtype)
+    return (B.mT.contiguous()[:, None] * c[..., None]).to(dtype)
 
 
 def _check(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdlp.kernels import _dual_lora as jit
-from fastdlp.kernels.activation import ACTIVATIONS, BACKWARDS
+from fastdlp.kernels.activation import KEPT
 from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups, chunks, row_group
 from fastdlp.kernels.launch import launch
@@ -377,7 +377,9 @@ def _library_forward(
             target[:, :, part].baddbmm_(p[:, :, part], up[g0:g1, part * rank : (part + 1) * rank])
     slope = None
     if activation != "none":
-        slope, y = (BACKWARDS[activation](torch.ones_like(y), y) if keep else None), ACTIVATIONS[activation](y)
+        kept = KEPT[activation].keep(y)
+        slope = KEPT[activation].backward(torch.ones_like(kept), kept) if keep else None
+        y = KEPT[activation].value(kept)
     return (y if residual is None else y + residual), slope
 
 

@@ -25,19 +25,21 @@ _blocked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: x [M, K], weight [N, K], bias [N] or None → [M, N], contiguous, in the dtype of x."""
-    if not _by_onednn(x):
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), _layout(weight, 0), bias, "none", [], "")
+    return product(x, _layout(weight, 0), bias) if by_onednn(x) else F.linear(x, weight, bias)
 
 
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """dX = dY W: dy [M, N], weight [N, K] → [M, K]."""
-    if not _by_onednn(dy):
-        return dy @ weight
-    return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), _layout(weight, 1), None, "none", [], "")
+    return product(dy, _layout(weight, 1)) if by_onednn(dy) else dy @ weight
 
 
-def _by_onednn(x: Tensor) -> bool:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b by oneDNN, whatever the layout of the weight [N, K]; only where `by_onednn` says so."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether products of x are oneDNN's."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not len(x):  # a compiler picks its own
         return False
     return (x.dtype == torch.float32 and ONEDNN) or (x.dtype == torch.bfloat16 and BF16)
