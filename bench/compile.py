@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdlp.bench.cases import launches_of
-from fastdlp.bench.step import machine
+from fastdlp.bench.machine import machine
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.backend import interpreted

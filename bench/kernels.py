@@ -27,7 +27,7 @@ import torch
 
 from fastdlp.bench import forms
 from fastdlp.bench.forms import Case, Form, Operands
-from fastdlp.bench.step import machine
+from fastdlp.bench.machine import machine
 from fastdlp.bench.timing import Times, measure
 from fastdlp.device import DTYPES
 from fastdlp.errors import FastdlpError
@@ -109,7 +109,7 @@ def bench_kernels(
     Raises:
         FastdlpError: a form's outputs or gradients are wrong; the message names form, linear and error.
     """
-    peak, copy = _peak(DTYPES[dtype], device, milliseconds), _copy(device, milliseconds)
+    peak, copy = peak_flops(DTYPES[dtype], device, milliseconds), _copy(device, milliseconds)
     notes = list(_absent(device, DTYPES[dtype]))
     rows: list[Row] = []
     for name, tower in towers.items():
@@ -240,7 +240,7 @@ def _row(case: Case, form: str, which: str, itemsize: int, times: Times, floor: 
     )
 
 
-def _peak(dtype: torch.dtype, device: torch.device, milliseconds: float) -> float:
+def peak_flops(dtype: torch.dtype, device: torch.device, milliseconds: float) -> float:
     """FLOP a second of a large square product."""
     side = PEAK_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

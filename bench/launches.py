@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdlp.bench.peft_baseline import PeftStep
+from fastdlp.bench.engine import image_rounds
+from fastdlp.bench.machine import machine, peft_versions
+from fastdlp.bench.peft_baseline import PeftRounds
 from fastdlp.bench.problem import make_problem
-from fastdlp.bench.step import fastdlp_engine, machine, peft_versions
-from fastdlp.engine import Engine
 from fastdlp.kernels import attention
 from fastdlp.kernels.launch import recording
 from fastdlp.kernels.tiles import assume
@@ -58,17 +58,14 @@ def bench_launches(model: str, clients: int, with_peft: bool = True) -> dict[str
         FastdlpError: PEFT is wanted and not installed.
     """
     versions = {"torch": torch.__version__, **(peft_versions() if with_peft else {})}
-    problem, cpu = make_problem(model, 2), torch.device("cpu")
+    problem, cpu = make_problem(model, 2, clients), torch.device("cpu")
     forms: list[tuple[str, int, Callable[[], object]]] = []
     if with_peft:
-        bank = fastdlp_engine(problem, "fp32", "fresh", cpu).bank
-        peft = PeftStep(problem, "bf16", "cast", cpu, bank, foreach=True)  # AdamW's default form on a GPU
-        peft()  # its optimisers make their state in the first step
-        forms.append(("PEFT, adapters cast", clients, peft))
+        forms.append(("PEFT, adapters cast", clients, PeftRounds(problem.small(1), "bf16", cpu, cast=True).step))
     for teacher in ("fresh", "pre-update"):
         for backend in ("torch", "triton"):
-            engine = fastdlp_engine(problem, "bf16", teacher, cpu, clients, backend)
-            forms.append((f"fastdlp --teacher {teacher} --backend {backend}", 1, _round(engine)))
+            rounds = image_rounds(problem, "bf16", cpu, backend, teacher=teacher)
+            forms.append((f"fastdlp --teacher {teacher} --backend {backend}", 1, rounds.step))
     rows = []
     for name, times, step in forms:
         operations, kernels = count(step)
@@ -89,10 +86,6 @@ def bench_launches(model: str, clients: int, with_peft: bool = True) -> dict[str
         "commit": machine(cpu)["commit"],
         "versions": versions,
     }
-
-
-def _round(engine: Engine) -> Callable[[], object]:
-    return lambda: engine.train_round(1)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

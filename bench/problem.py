@@ -1,35 +1,74 @@
-"""What both sides of a benchmark compute on, so that one setup serves every form."""
+"""What all sides of a benchmark compute on, so that one setup serves every form."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.clip import Clip, load_clip
+from fastdlp.clip import Clip, class_prompts, load_clip
+from fastdlp.task import Prompts, frozen_text_features
 
-CLASSES = 37  # as many as Pets
+# The Oxford-IIIT Pets' classes and the template that goes with them.
+PETS = (
+    "Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Beagle", "Bengal", "Birman",
+    "Bombay", "Boxer", "British Shorthair", "Chihuahua", "Egyptian Mau", "English Cocker Spaniel", "English Setter",
+    "German Shorthaired", "Great Pyrenees", "Havanese", "Japanese Chin", "Keeshond", "Leonberger", "Maine Coon",
+    "Miniature Pinscher", "Newfoundland", "Persian", "Pomeranian", "Pug", "Ragdoll", "Russian Blue", "Saint Bernard",
+    "Samoyed", "Scottish Terrier", "Shiba Inu", "Siamese", "Sphynx", "Staffordshire Bull Terrier", "Wheaten Terrier",
+    "Yorkshire Terrier",
+)  # fmt: skip
+TEMPLATE = "a photo of a {}, a type of pet."
+CLASSES = len(PETS)
 ALPHA = 0.1
-LR = 1e-5
+LR = 1e-4  # updates show in the next losses, and what rounding makes of Adam's first steps does not yet
+CHECKED = 3  # steps of every client whose losses are compared
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What both sides compute on: images [batch, 3, S, S] and class features [K, d], fp32, and labels [batch]."""
+    """Images and labels of every client and batch, and the class prompts.
+
+    Shapes: pixels [clients, batches, batch, 3, S, S] normalised fp32; labels [clients, batches, batch]; ids
+    [K, context] token ids of the prompts; text [K, d] their normalised features by the frozen text tower, fp32. A round
+    takes the first `steps` batches of each client; there are at least CHECKED.
+    """
 
     clip: Clip
     pixels: Tensor
-    text: Tensor
     labels: Tensor
+    ids: Tensor
+    text: Tensor
+    steps: int
+
+    @property
+    def clients(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def batch(self) -> int:
+        return self.pixels.shape[2]
+
+    def samples(self, client: int, steps: range) -> range:
+        """Sample numbers of a client's batches, where samples are counted through clients and batches."""
+        first = client * self.pixels.shape[1]
+        return range((first + steps.start) * self.batch, (first + steps.stop) * self.batch)
+
+    def small(self, clients: int) -> Problem:
+        """The same for fewer clients with two images a batch and one batch a round, where only operations count."""
+        return replace(self, pixels=self.pixels[:clients, :, :2], labels=self.labels[:clients, :, :2], steps=1)
 
 
-def make_problem(model: str, batch: int, seed: int = 0) -> Problem:
-    """Random weights, images and class features: none of them changes the speed."""
+def make_problem(model: str, batch: int, clients: int = 1, steps: int = 1, seed: int = 0) -> Problem:
+    """Random weights and images and the prompts of Pets: what the numbers are does not change the speed."""
     clip = load_clip(model, "none", seed)
     generator = torch.Generator().manual_seed(seed)
-    size = clip.transform.size
-    pixels = torch.randn(batch, 3, size, size, generator=generator)
-    text = F.normalize(torch.randn(CLASSES, clip.image.shape.embed, generator=generator), dim=-1)
-    return Problem(clip, pixels, text, torch.randint(CLASSES, (batch,), generator=generator))
+    size, batches = clip.transform.size, max(steps, CHECKED)
+    pixels = torch.randn(clients, batches, batch, 3, size, size, generator=generator)
+    labels = torch.randint(CLASSES, (clients, batches, batch), generator=generator)
+    ids = clip.tokenize(class_prompts(PETS, TEMPLATE))
+    with torch.no_grad():
+        text = F.normalize(frozen_text_features(clip.text, Prompts(*clip.text_stem(ids))), dim=-1)
+    return Problem(clip, pixels, labels, ids, text, steps)

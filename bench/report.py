@@ -13,30 +13,44 @@ from rich.table import Table
 from fastdlp.bench.tune import describe
 
 
-def print_step(result: dict[str, Any], console: Console) -> None:
-    """The table of `bench_step`, medians with their 20 and 80 % quantiles, and what it was measured on."""
-    table = Table(title=result["what"], title_justify="left", title_style="bold")
-    for column in (
-        "form",
-        "dtype",
-        "passes",
-        "ms a step",
-        f"× {result['baseline']}",
-        f"× {result['baseline']} {result['rows'][0]['precision']}",
-        "loss error",
-    ):
-        table.add_column(column, justify="left" if column in ("form", "dtype") else "right")
-    for row in result["rows"]:
-        table.add_row(
-            row["form"],
-            row["precision"],
-            f"{row['forwards']} f + {row['backwards']} b",
-            f"{row['ms_50']:,.0f} ({row['ms_20']:,.0f}–{row['ms_80']:,.0f})",
-            f"{row['times_baseline']:.2f}",
-            f"{row['times_first']:.2f}",
-            f"{row['worst_loss_error']:.0e}",
-        )
-    console.print(table)
+def print_round(result: dict[str, Any], console: Console) -> None:
+    """The tables of `bench_round`, one for each group of forms, medians with their 20 and 80 % quantiles."""
+    console.print(result["what"], style="bold", highlight=False)
+    for group, members in groupby(sorted(result["rows"], key=lambda row: row["group"]), key=lambda row: row["group"]):
+        rows = list(members)
+        baselines = list(dict.fromkeys(label for row in rows for label in row["times"]))
+        table = Table(title=group, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+        table.add_column("form", no_wrap=True)
+        table.add_column("dtype")
+        columns = ("passes", "ms a step", "images/s", *(f"× {label}" for label in baselines))
+        for column in (*columns, "peak GB", "kernels", "of peak", "loss error", "steps"):
+            table.add_column(column, justify="right", no_wrap=column in ("passes", "ms a step"))
+        for row in rows:
+            steps, errors = row["compared_steps"], [max(by_step) for by_step in row["loss_errors"].values()]
+            table.add_row(
+                row["form"],
+                row["precision"],
+                f"{row['forwards']}f {row['backwards']}b",
+                f"{row['ms_50']:,.0f} ({row['ms_20']:,.0f}–{row['ms_80']:,.0f})",
+                f"{row['images_per_s']:,.4g}",
+                *(f"{row['times'][label]:.2f}" if label in row["times"] else "-" for label in baselines),
+                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+                f"{row['kernels']:,}",
+                f"{row['peak_share']:.0%}",
+                f"{max(errors):.0e}" if errors else "-",
+                f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else "".join(map(str, steps)) or "-",
+            )
+        console.print(table)
+    peaks = ", ".join(f"{precision} {peak:.3g}" for precision, peak in result["peak_tflops"].items())
+    console.print(
+        "ms and kernels: of a step of all clients, the round's time over its steps; of peak: operations of the frozen "
+        f"products that the algorithm needs, over the measured peak (TFLOP/s: {peaks}); loss error: the largest, "
+        "of the steps of every client that were compared before anything was timed, relative to the loss's largest",
+        highlight=False,
+    )
+    for other in dict.fromkeys(row["compared_with"] for row in result["rows"] if row["compared_steps"]):
+        forms = dict.fromkeys(row["form"] for row in result["rows"] if row["compared_with"] == other)
+        console.print(f"compared with {other}, fp32: {'; '.join(forms)}", highlight=False)
     console.print(_where(result), highlight=False)
 
 

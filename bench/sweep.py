@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fastdlp.bench.step import machine
+from fastdlp.bench.machine import machine
 from fastdlp.config import TrainConfig
 from fastdlp.device import pick_device
 from fastdlp.methods import make_method

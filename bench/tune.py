@@ -21,7 +21,7 @@ import torch
 
 from fastdlp.bench.forms import Case
 from fastdlp.bench.kernels import TOLERANCE, TOWERS, ImageTower, cases
-from fastdlp.bench.step import machine
+from fastdlp.bench.machine import machine
 from fastdlp.bench.timing import measure
 from fastdlp.bench.work import make_work
 from fastdlp.device import DTYPES

@@ -18,58 +18,83 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and not
 Output = Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")]
 
 
-@bench_app.command()
-def step(
+@bench_app.command("round")
+def round_(
     model: Annotated[
         str, typer.Option("--model", help="An open_clip model; its weights are random here.")
     ] = "ViT-B-32-quickgelu",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = TrainConfig.batch_size,
+    encoder: Annotated[str, typer.Option("--encoder", help="Which tower is adapted: image or text.")] = "image",
+    clients: Annotated[
+        int | None, typer.Option("--clients", min=1, help="Clients of the round.", show_default="10, on a CPU 1")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Batches of each client.", show_default="4, on a CPU 1")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = TrainConfig.batch_size,
     precision: Annotated[
         list[str] | None,
         typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both"),
     ] = None,
-    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
-    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed steps of each form.")] = 7,
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed rounds of each form.")] = 5,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     backend: Annotated[
         list[str] | None,
         typer.Option("--backend", help="torch, triton; may be given twice.", show_default="torch, on CUDA both"),
     ] = None,
-    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave the baseline out.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help="A form to measure: peft, autocast, strongest, paper, fastdlp, pre-update, full, "
+            "flora; of --encoder text uncached, fastdlp. May be given again.",
+            show_default="all",
+        ),
+    ] = None,
+    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave out what needs PEFT.")] = False,
     output: Output = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw images a second to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One FEDDLP step of one or more clients beside the same step written with PEFT."""
-    from fastdlp.bench.report import print_step
-    from fastdlp.bench.step import bench_step
+    """A federated FEDDLP round, data to aggregation, beside what people use today; every form is checked first."""
+    from fastdlp.bench.report import print_round
+    from fastdlp.bench.round import Setting, bench_round
+    from fastdlp.bench.round_form import KEYS
+    from fastdlp.bench.round_plot import draw_round
     from fastdlp.cli import console
     from fastdlp.device import DTYPES, pick_backend, pick_device
     from fastdlp.files import write_atomic
 
-    precisions = precision or ["fp32", "bf16"]
-    if unknown := [p for p in precisions if p not in DTYPES]:
-        raise FastdlpError(f"unknown --precision {unknown[0]!r}: choose from {', '.join(DTYPES)}")
+    precisions = precision or list(DTYPES)
+    _known("--precision", precisions, DTYPES)
+    _known("--encoder", [encoder], KEYS)
+    _known("--only", only or [], KEYS[encoder])
     on = pick_device(device)
-    asked = backend or (["torch", "triton"] if on.type == "cuda" else ["torch"])
+    gpu = on.type == "cuda"
+    asked = backend or (["torch", "triton"] if gpu else ["torch"])
     backends = [pick_backend(name, on, DTYPES[p]) for name in asked for p in precisions]
+    setting = Setting(
+        model,
+        encoder,
+        clients or (10 if gpu else 1),
+        steps or (4 if gpu else 1),
+        batch_size,
+        tuple(precisions),
+        repeats,
+        on,
+        tuple(dict.fromkeys(backends)),
+        not without_peft and encoder == "image",  # no form of the text encoder needs it
+        tuple(only or ()),
+    )
     with console.err.status("preparing") as status:
-        result = bench_step(
-            model,
-            batch_size,
-            precisions,
-            repeats,
-            on,
-            status.update,
-            clients,
-            list(dict.fromkeys(backends)),
-            not without_peft,
-        )
+        result = bench_round(setting, status.update)
     if output is not None:
         write_atomic(output, json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        write_atomic(plot, draw_round(result))
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        print_step(result, console.out)
+        print_round(result, console.out)
 
 
 @bench_app.command()
@@ -225,7 +250,7 @@ def demonstration(
     import torch
 
     from fastdlp.bench.demonstration import demonstrate, markdown
-    from fastdlp.bench.step import machine
+    from fastdlp.bench.machine import machine
     from fastdlp.cli import console
     from fastdlp.files import write_atomic
 
@@ -272,3 +297,73 @@ def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise FastdlpError(f"unknown {option} {name!r}: choose from {', '.join(known)}")
+
+
+@bench_app.command()
+def growth(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="An open_clip model; its weights are random here.",
+            show_default="glyph-clip, on CUDA ViT-B-32-quickgelu",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Of all clients together.", show_default="1,000 batches")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=4, help="Samples a client and step.")
+    ] = TrainConfig.batch_size,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--clients", min=1, help="May be given again; 10 is always added.", show_default="1, 10, 100, 1000"
+        ),
+    ] = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option("--rank", min=1, help="Of the global adapter; may be given again.", show_default="2, 4, 8, 16"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32 or bf16.", show_default="fp32, on CUDA bf16")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each point.")] = 3,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="auto, triton or torch.")] = TrainConfig.backend,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the result as PNG to this file.")] = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """How the time of a FEDDLP round grows with clients, samples, ranks and uneven clients."""
+    from fastdlp.bench.growth import CLIENTS, RANKS, bench_growth, growth_figure, print_growth
+    from fastdlp.cli import console
+    from fastdlp.config import EMBEDDED_MODEL
+    from fastdlp.device import DTYPES, pick_device
+    from fastdlp.files import write_atomic
+
+    on = pick_device(device)
+    gpu = on.type == "cuda"
+    dtype = precision or ("bf16" if gpu else "fp32")
+    _known("--precision", [dtype], DTYPES)
+    with console.err.status("preparing") as status:
+        result = bench_growth(
+            model or ("ViT-B-32-quickgelu" if gpu else EMBEDDED_MODEL),
+            samples or 1000 * batch_size,
+            batch_size,
+            dtype,
+            repeats,
+            on,
+            status.update,
+            clients or CLIENTS,
+            rank or RANKS,
+            backend,
+        )
+    if output is not None:
+        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    if plot is not None:
+        write_atomic(plot, growth_figure(result))
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_growth(result, console.out)

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fastdlp.processes import leads
+
 if TYPE_CHECKING:
     from fastdlp.federation import Federation
     from fastdlp.rounds import Listener, Stopped
@@ -32,13 +34,16 @@ err = Console(stderr=True)
 
 @contextmanager
 def watching(quiet: bool) -> Iterator[Listener]:
-    """A listener that shows progress and turns the first Ctrl-C into a stop after the running round."""
+    """A listener that shows progress and turns the first Ctrl-C into a stop after the running round.
+
+    Of torchrun's processes the first shows progress; torchrun hands Ctrl-C to all of them.
+    """
     from fastdlp.rounds import Listener
 
     listener = Listener()
     with _first_interrupt() as interrupted:
         listener.should_stop = lambda: bool(interrupted)
-        if quiet:
+        if quiet or not leads():
             yield listener
             return
         columns = (
@@ -188,7 +193,8 @@ def _first_interrupt() -> Iterator[list[int]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        err.print("stopping after this round; press Ctrl-C again to stop at once", style="yellow")
+        if leads():
+            err.print("stopping after this round; press Ctrl-C again to stop at once", style="yellow")
 
     before = signal.signal(signal.SIGINT, note)
     try:

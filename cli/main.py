@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from fastdlp.cli.sweep import sweep
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
+from fastdlp.processes import leads, refuse_several
 
 app = typer.Typer(
     name="fastdlp",
@@ -27,7 +29,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune CLIP federatedly: FEDDLP (arXiv 2503.07552) and the systems it is compared with.",
 )
+
+
+@app.callback()
+def _processes(context: typer.Context) -> None:
+    if context.invoked_subcommand != "train":
+        refuse_several()
+
+
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are dealt to clients.")
+
+PATIENCE = 10  # seconds
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
@@ -79,8 +91,12 @@ def train(
             else:
                 summary = training.train(TrainConfig(**given), overwrite, listener)
     except training.Stopped as stopped:
+        if not leads():  # torchrun ends the first process, which may still write, when another one fails
+            return
         console.print_stop(stopped)
         raise typer.Exit(130) from None
+    if not leads():
+        return
     if as_json:
         print(json.dumps(summary, indent=1))
     elif not quiet:
@@ -222,6 +238,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
+    if not leads():
+        time.sleep(PATIENCE)  # the first process tells it once for all, and torchrun then ends this one
     print("fastdlp: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 

@@ -10,18 +10,21 @@ import torch
 
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
+from fastdlp.shards import ALONE, Shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names; auto takes CUDA where there is one.
+def pick_device(name: str, shards: Shards = ALONE) -> torch.device:
+    """The device that `--device` names; auto takes CUDA where there is one, each of several processes its own GPU.
 
     Raises:
-        FastdlpError: CUDA asked for where none is.
+        FastdlpError: CUDA asked for where none is, or by more processes than there are GPUs.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if shards.count > 1 and name.startswith("cuda") and torch.cuda.is_available():
+        return _own_gpu(name, shards.local_rank)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -31,6 +34,19 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
         )
     return device
+
+
+def _own_gpu(name: str, local_rank: int) -> torch.device:
+    """The GPU of one of several processes; it becomes torch's current one, on which Triton and NCCL work."""
+    if name != "cuda":
+        raise FastdlpError(f"--device {name} names one GPU for several processes: use --device cuda, one GPU for each")
+    if local_rank >= torch.cuda.device_count():
+        raise FastdlpError(
+            f"more processes than GPUs: torch sees {torch.cuda.device_count()} CUDA devices here; start as many with "
+            "--nproc-per-node, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int = 0) -> Any:

@@ -7,6 +7,8 @@ and is read once, at its end: no step waits for the host, or the host for a step
 A streamed method has one row for all: clients take turns, each from the server's copy on, and the average is summed up
 as they end.
 
+Of several processes (`fastdlp.shards`) each trains and scores its own slots; what they share is averaged over all.
+
 The engine knows no method by name, no dataset and no file.
 """
 
@@ -20,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank, Adapters, View
+from fastdlp.bank import AdapterBank, Adapters, BranchState, View
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective, Outputs
 from fastdlp.optimiser import Hyperparameters, update
 from fastdlp.plan import Batch, Plan, Shape, ahead, pack
 from fastdlp.replay import Step
+from fastdlp.shards import ALONE, Shards
 from fastdlp.task import ClassificationTask, Samples
+
+ROWS = 64  # of clients that are summed at once
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Engine:
         slots: one entry per client; row by row those of the bank.
         labels: [samples] int64 class numbers.
         schedule: batches, epochs, chunks.
+        shards: who trains which slot; every process holds all rows, and those of others as it last heard of them.
         runner: makes what runs a step out of the step itself, such as `replay.CudaGraphs`; None: it runs as it is.
     """
 
@@ -96,10 +102,13 @@ class Engine:
         slots: Sequence[Slot],
         labels: np.ndarray,
         schedule: Schedule,
+        shards: Shards = ALONE,
         runner: Callable[[Step], Step] | None = None,
     ) -> None:
         self.method, self.bank, self.task, self.objective, self.hyper = method, bank, task, objective, hyper
-        self.slots, self.labels, self.schedule = tuple(slots), labels, schedule
+        self.slots, self.schedule, self.shards = tuple(slots), schedule, shards
+        self.owners = shards.owners([len(slot.train) for slot in slots])
+        self.own = frozenset(slot for slot, owner in enumerate(self.owners) if owner == shards.rank)
         self._labels = torch.from_numpy(np.asarray(labels, np.int64)).to(bank.device)
         self._losses: tuple[str, ...] = ()  # names, in the order in which a step returns them
         self._run: Step = self._step if runner is None else runner(self._step)
@@ -123,14 +132,18 @@ class Engine:
         self.server = {name: self.bank.state[name].weights[rows].clone() for name in self.method.shared}
 
     def train_round(self, number: int) -> RoundLosses:
-        """Local epochs of every slot that has training samples; no exchange."""
+        """Local epochs of every own slot that has training samples; no exchange. Losses are of own slots alone."""
         result = RoundLosses(steps=np.zeros(len(self.slots), np.int64))
         history: list[tuple[Plan, list[Tensor]]] = []
         self.bank.refresh_copies()
         for together in self._turns():
             queues = {slot: self._batches(number, slot) for slot in together}
             plan = Plan(
-                self._steps(queues, self.schedule.batch_size, self.schedule.padded),
+                self._steps(
+                    {slot: batches for slot, batches in queues.items() if slot in self.own},
+                    self.schedule.batch_size,
+                    self.schedule.padded,
+                ),
                 self.row,
                 self.bank.device,
                 self.schedule.batch_size if self.schedule.padded else None,
@@ -148,18 +161,45 @@ class Engine:
 
     def aggregate(self) -> None:
         """FedAvg: the server's branch = Σ n_k/n · client's, A and B separately; everyone goes on from it."""
-        for name in self.method.shared:
-            weights = self.bank.state[name].weights
-            if self.method.streamed:
-                self.server[name] = self._sums.pop(name)
-                weights.copy_(self.server[name])
-                continue
-            for federation in range(len(self.server[name])):
-                rows = [i for i, slot in enumerate(self.slots) if slot.federation == federation]
-                shares = self._shares(rows).to(weights.device)
-                mean = (shares @ weights[rows].double()).float()
-                self.server[name][federation] = mean
-                weights[rows] = mean
+        if self.method.streamed:
+            for name in self.method.shared:
+                self.server[name] = self.shards.total(self._sums.pop(name))
+                self.bank.state[name].weights.copy_(self.server[name])
+            return
+        rows_of: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots):
+            rows_of.setdefault(slot.federation, []).append(row)
+        places = [(name, federation) for name in self.method.shared for federation in rows_of]
+        sums = [self._own_sum(name, rows_of[federation]) for name, federation in places]
+        totals = self.shards.total(torch.cat(sums)).split([len(own) for own in sums]) if sums else ()
+        for (name, federation), total in zip(places, totals):
+            rows = rows_of[federation]
+            mean = (total / sum(len(self.slots[row].train) for row in rows)).float()
+            self.server[name][federation] = mean
+            self.bank.state[name].weights[rows] = mean
+
+    def _own_sum(self, branch: str, rows: Sequence[int]) -> Tensor:
+        """Σ n_k · weights over the own ones of these rows, fp64 [D].
+
+        A product of a count and an fp32 number is exact in fp64, and their sum nearly always: its order, and so the
+        number of processes, decides nothing.
+        """
+        weights = self.bank.state[branch].weights
+        own = [row for row in rows if row in self.own]
+        total = torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
+        for at in range(0, len(own), ROWS):  # not all at once: a copy in fp64 of a thousand clients is large
+            some = own[at : at + ROWS]
+            counts = torch.tensor([len(self.slots[row].train) for row in some], dtype=torch.float64)
+            total += counts.to(weights.device) @ weights[some].double()
+        return total
+
+    def collect(self, *fields: str) -> None:
+        """Bring these fields of the bank's rows (all, where none is named) from their owners to every process."""
+        if self.method.streamed:  # one row, the server's
+            return
+        for branch in self.bank.trained:
+            for name in fields or BranchState.FIELDS:
+                self.shards.spread(getattr(self.bank.state[branch], name), self.owners)
 
     def score(self, part: str = "test", adapted: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Correct predictions and samples of every slot, [slots] each; see `hits`."""
@@ -174,7 +214,7 @@ class Engine:
             adapted: or the frozen model.
             among: score these slots alone; the others are False.
         """
-        chosen = set(among if among is not None else range(len(self.slots))) - self.idle
+        chosen = (set(among if among is not None else range(len(self.slots))) - self.idle) & self.own
         samples_of: list[np.ndarray] = [getattr(slot, part) for slot in self.slots]
         found = [np.zeros(len(samples), bool) for samples in samples_of]
         plan = self._scoring_plan(part, frozenset(chosen))
@@ -184,9 +224,7 @@ class Engine:
             adapters = self.bank.adapters(rows, [self.method.scored], grad=False) if adapted else None
             (out,) = self.task.forward(samples, 1, adapters, scoring=True)
             right.append((out.class_logits.argmax(-1) == samples.labels).flatten())
-        if not right:
-            return found
-        told = torch.cat(right).cpu().numpy()  # all of a pass at once
+        told = torch.cat(right).cpu().numpy() if right else np.zeros(0, bool)  # all at once
         at = 0
         seen = dict.fromkeys(chosen, 0)
         for step, shape in zip(plan.steps, plan.shapes):
@@ -194,7 +232,7 @@ class Engine:
                 found[slot][seen[slot] : seen[slot] + len(batch)] = told[at : at + len(batch)]
                 seen[slot] += len(batch)
                 at += shape.samples
-        return found
+        return self.shards.union(found)
 
     def _scoring_plan(self, part: str, chosen: frozenset[int]) -> Plan:
         """The passes that score these slots; made once, since nobody's samples change."""
@@ -209,7 +247,10 @@ class Engine:
         return self._scoring[part, chosen]
 
     def _turns(self) -> Iterator[list[int]]:
-        """The slots that step together: all, or of a streamed method one after another from the server's copy on."""
+        """The slots that step together: all, or of a streamed method one after another from the server's copy on.
+
+        Those of other processes are among them, for the record of batches.
+        """
         slots = [i for i, slot in enumerate(self.slots) if len(slot.train) and i not in self.idle]
         if not self.method.streamed:
             yield slots
@@ -219,7 +260,7 @@ class Engine:
             for name in self.method.shared:
                 self.bank.state[name].restart(self.server[name])
             yield [slot]
-            for name, total in self._sums.items():
+            for name, total in self._sums.items() if slot in self.own else ():
                 total.add_(self.bank.state[name].weights, alpha=share)
 
     def _shares(self, slots: Sequence[int]) -> Tensor:

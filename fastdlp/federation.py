@@ -30,6 +30,8 @@ from fastdlp.methods import make_method, resolve
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
+from fastdlp.processes import refuse_several
+from fastdlp.shards import ALONE, Shards
 from fastdlp.sites import Branch
 
 PACKED = 3  # adapters on the widest linear: q, k and v
@@ -69,6 +71,7 @@ def prepare(
     config: TrainConfig,
     tell: Callable[[str], None] = lambda text: None,
     partition_file: Path | None = None,
+    shards: Shards | None = None,
 ) -> Federation:
     """Build a run from a config.
 
@@ -76,33 +79,39 @@ def prepare(
         config: any config; it is resolved here.
         tell: told in a line what is being done.
         partition_file: take the partition from this file instead of from the config (a run's own record).
+        shards: the processes that share the run; None refuses to run in several.
 
     Raises:
         FastdlpError: anything in the config that does not fit the machine, the data or the model.
     """
-    return prepare_together([config], tell, partition_file)[0]
+    return prepare_together([config], tell, partition_file, shards)[0]
 
 
 def prepare_together(
     configs: Sequence[TrainConfig],
     tell: Callable[[str], None] = lambda text: None,
     partition_file: Path | None = None,
+    shards: Shards | None = None,
 ) -> list[Federation]:
     """Build runs that differ in learning rates, ξ, α and seed alone, as federations of one engine.
 
     Args, Raises: as `prepare`.
     """
+    if shards is None:
+        refuse_several()
+        shards = ALONE
     configs = [resolve(config) for config in configs]
     config = configs[0]
     method = make_method(config)
     check_name(config.dataset)
-    device = pick_device(config.device)
+    device = pick_device(config.device, shards)
 
     tell(f"weights of {config.model}")
     clip = load_clip(config.model, config.pretrained, config.seed)
     transform = clip.transform if config.transform == "model" else replace(clip.transform, resize_mode="squash")
     tell(f"images of {config.dataset}")
-    pixels = read_pixels(config, transform)
+    with shards.in_turn():
+        pixels = read_pixels(config, transform)
     partition = read_partition(config, pixels, partition_file)
     _check_partition(partition, config)
 
@@ -123,7 +132,7 @@ def prepare_together(
     # A GPU is bound by launches, which a larger batch saves. A CPU gains little, so runs keep their own shapes.
     schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed=device.type != "cpu")
     hyper = _hyperparameters(configs, bank, partition.clients)
-    engine = Engine(method, bank, built.task, objective, hyper, slots, pixels.labels, schedule)
+    engine = Engine(method, bank, built.task, objective, hyper, slots, pixels.labels, schedule, shards)
     fingerprint = clip.fingerprint()
     return [
         Federation(c, engine, pixels, partition, fingerprint, number, built.weight_bytes)

@@ -53,8 +53,8 @@ def rows_at_once(
     rows = int(SHARE[device.type] * free) // row
     if least * row > free:
         raise FastdlpError(
-            f"a step of one client takes about {least * row / 1e9:.1f} GB ({least} rows of {tokens} tokens) and {device} "
-            f"has {free / 1e9:.1f} GB free: use a smaller --model or --batch-size, or --precision bf16"
+            f"a step of one client takes about {least * row / 1e9:.1f} GB ({least} rows of {tokens} tokens) and "
+            f"{device} has {free / 1e9:.1f} GB free: use a smaller --model or --batch-size, or --precision bf16"
         )
     if device.type == "cpu":
         rows = min(rows, CACHE // (shape.mlp * tokens * itemsize))

@@ -3,7 +3,7 @@
 Between two exchanges clients do not depend on each other: a client's batches have an order, those of different clients
 have none. So a step takes whatever is ready: the clients with the most batches left first, which ends a round in the
 fewest steps, and full batches before the last, smaller one of an epoch, so that those wait for each other and go
-through together. A client with most of the data steps alone once the others are done; nothing is padded to it.
+through together (padded, they have one shape, and nobody waits). A client with most of the data steps alone once the others are done; nothing is padded to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def pack(
         following = [(slot, queues[slot][done[slot]]) for slot in ready]
         step: list[Batch] = []
         left = room
-        for slot, samples in [b for b in following if len(b[1]) == size] or following:
+        full = following if padded else [batch for batch in following if len(batch[1]) == size]
+        for slot, samples in full or following:
             need = rows(size if padded else len(samples))
             if step and need > left:
                 break

@@ -1,4 +1,7 @@
-"""What is written of one run while it goes on: a line a round, checkpoints, the trace, and all that it ends with."""
+"""What is written of one run while it goes on: a line a round, checkpoints, the trace, and all that it ends with.
+
+Of several processes every one has a recorder, and knows each line; the first one's writes.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,10 @@ class Recorder:
     def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
         self.run, self.federation = run, federation
         config, engine = federation.config, federation.engine
-        self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if config.trace else None
-        self.lines = run.rounds(finished)
+        self.writes = engine.shards.leads
+        traced = config.trace and self.writes
+        self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if traced else None
+        self.lines = run.rounds(finished) if self.writes else []  # it cuts the file as well
         self.message = message_bytes(engine.bank, engine.method.shared)
         self._identity = identity(federation)
         self._hits: Hits | None = None  # of the last round, where it was run here
@@ -55,32 +60,47 @@ class Recorder:
             return f"the adapters of client {bad[0]} are not finite after round {number}: lower --lr"
         return None
 
+    def before_aggregation(self) -> None:
+        """Keep what the trace tells of a round's end."""
+        if self.federation.config.trace:
+            self.federation.engine.collect("weights", "gates")
+        if self.trace:
+            self.trace.before_aggregation()
+
     def round(self, number: int, losses: RoundLosses, hits: Hits, val: Hits, seconds: float) -> dict[str, Any]:
         """Append a round's line and return it. `hits`, `val`: of all the engine's slots."""
         rows = self.federation.rows
+        self.federation.engine.collect("gates")
         self._hits = hits[rows.start : rows.stop]
         line = round_line(
             self.federation, number, losses, self._hits, val[rows.start : rows.stop], self.message, seconds
         )
         if self.trace:
             self.trace.write(number)
-        self.run.append_round(line)
+        if self.writes:
+            self.run.append_round(line)
         self.lines.append(line)
         return line
 
     def checkpoint(self, number: int) -> None:
         """Write the state after a round."""
         federation = self.federation
+        federation.engine.collect()
+        if not self.writes:
+            return
         save_checkpoint(self.run.path / CHECKPOINT, federation.engine, federation.bank_rows, number, self._identity)
 
     def finish(self) -> dict[str, Any]:
         """Write the adapters and the summary; returns the summary."""
-        rows = self.federation.rows
-        hits = self._hits or self.federation.engine.hits()[rows.start : rows.stop]
-        _save_adapters(self.run.path / ADAPTERS, self.federation)
-        summary = summarise(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
-        self.run.write_summary(summary)
-        return summary
+        rows, engine = self.federation.rows, self.federation.engine
+        hits = self._hits or engine.hits()[rows.start : rows.stop]
+        engine.collect()
+        summary: dict[str, Any] | None = None  # the others lack the lines of rounds before a stop
+        if self.writes:
+            _save_adapters(self.run.path / ADAPTERS, self.federation)
+            summary = summarise(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
+            self.run.write_summary(summary)
+        return engine.shards.gather(summary)[0]
 
 
 def zero_shot_accuracy(federation: Federation) -> float:

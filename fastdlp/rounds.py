@@ -1,4 +1,7 @@
-"""The loop over rounds, for one run or for several that share an engine."""
+"""The loop over rounds, for one run or for several that share an engine.
+
+Of several processes (`fastdlp.shards`) all run the same loop, and know the same at the end of every round.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdlp.engine import Engine, RoundLosses
@@ -83,13 +87,12 @@ def run_rounds(
             running.remove(recorder)
             engine.idle |= set(recorder.federation.rows)
         for recorder in running:
-            if recorder.trace:
-                recorder.trace.before_aggregation()
+            recorder.before_aggregation()
         engine.aggregate()
         hits, val = engine.hits(), engine.hits("val")
         share = (time.perf_counter() - clock) / len(recorders)
         lines = [recorder.round(number, losses, hits, val, share) for recorder in running]
-        stop = listener.should_stop() and number < rounds
+        stop = engine.shards.any(listener.should_stop()) and number < rounds
         if number % config.checkpoint_every == 0 or number == rounds or stop:
             keep(number)
         listener.finished_round(max(lines, key=lambda line: line["accuracy"]))
@@ -99,7 +102,18 @@ def run_rounds(
 
 
 def _train_round(engine: Engine, number: int) -> RoundLosses:
-    """One round of training, and who diverged in it. Raises FastdlpError where the device's memory does not hold it."""
+    """One round of training in all processes, and who diverged in it.
+
+    Raises:
+        FastdlpError: the device's memory does not hold it, in any process.
+    """
+    with engine.shards.together():
+        losses = _train_own(engine, number)
+    return losses if engine.shards.count == 1 else _merged(engine, losses)
+
+
+def _train_own(engine: Engine, number: int) -> RoundLosses:
+    """The part of this process."""
     try:
         losses = engine.train_round(number)
         return losses if engine.method.streamed else replace(losses, diverged=engine.bank.not_finite())
@@ -108,3 +122,23 @@ def _train_round(engine: Engine, number: int) -> RoundLosses:
             f"the device's memory does not hold {engine.schedule.micro_batch} rows at once: start the run with a "
             "smaller --micro-batch or --batch-size"
         ) from None
+
+
+def _merged(engine: Engine, own: RoundLosses) -> RoundLosses:
+    """Every slot's losses, from the process that trained it; who diverged, in any."""
+    parts = engine.shards.gather(
+        {
+            "means": {name: mean.tolist() for name, mean in own.means.items()},
+            "not_finite": [(step, slot, name) for slot, (step, name) in own.not_finite.items()],
+            "diverged": own.diverged,
+        }
+    )
+    names = dict.fromkeys(name for part in parts for name in part["means"])
+    nothing = [float("nan")] * len(engine.slots)  # of a process without training samples
+    means = {
+        name: np.array([parts[owner]["means"].get(name, nothing)[slot] for slot, owner in enumerate(engine.owners)])
+        for name in names
+    }
+    bad = sorted(bad for part in parts for bad in part["not_finite"])
+    diverged = sorted({slot for part in parts for slot in part["diverged"]})
+    return RoundLosses(means, own.steps, {slot: (step, name) for step, slot, name in bad}, diverged)

@@ -2,6 +2,9 @@
 
 summary = fastdlp.train(TrainConfig(method="feddlp", out="runs/a"))
 summary = fastdlp.resume("runs/a")
+
+Where torchrun started several processes, each of them calls the same, they share the run's clients (`fastdlp.shards`),
+and all return the same summary. Only the first one's listener is told anything; every one's is asked whether to stop.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from fastdlp.errors import FastdlpError
 from fastdlp.federation import prepare, prepare_together
 from fastdlp.files import remove_temporaries
 from fastdlp.methods import make_method, resolve
+from fastdlp.processes import refuse_several
 from fastdlp.record import PARTITION, RunFolder
 from fastdlp.recorder import Recorder, restore
 from fastdlp.rounds import Listener, Stopped, run_rounds
+from fastdlp.shards import ALONE, Shards, sharded
 
 __all__ = ["Listener", "Stopped", "batched_by_seed", "resume", "train", "train_together"]
 
@@ -40,7 +45,9 @@ def train(config: TrainConfig, overwrite: bool = False, listener: Listener | Non
         Stopped: the listener asked for it.
     """
     config = resolve(config)
-    return train_together([replace(config, out=config.out or str(_named(config)))], overwrite, listener)[0]
+    with sharded() as shards:
+        out = config.out or shards.gather(str(_named(config)))[0]
+        return _train([replace(config, out=out)], overwrite, listener or Listener(), shards)[0]
 
 
 def train_together(
@@ -56,23 +63,31 @@ def train_together(
         listener: see `Listener`; of several runs it hears of the first one's start and the best one's rounds.
 
     Raises:
-        FastdlpError: bad input, a disk that refuses, a loss that is not finite in any of them.
+        FastdlpError: bad input, a disk that refuses, a loss that is not finite in any of them; torchrun's processes.
         Stopped: the listener asked for it.
     """
-    listener = listener or Listener()
+    refuse_several()
+    return _train(configs, overwrite, listener or Listener(), ALONE)
+
+
+def _train(configs: Sequence[TrainConfig], overwrite: bool, listener: Listener, shards: Shards) -> list[dict[str, Any]]:
+    """`train_together` in one of the processes that share the runs."""
     begun = time.perf_counter()
+    listener = _heard(listener, shards)
     paths = [Path(config.out or "") for config in configs]
-    check_name(configs[0].dataset)
-    for path in paths:
-        RunFolder.check_free(path, overwrite)
-    prepared = prepare_together(configs, listener.preparing)
+    with shards.together():
+        check_name(configs[0].dataset)
+        for path in paths if shards.leads else ():
+            RunFolder.check_free(path, overwrite)
+    with shards.together():
+        prepared = prepare_together(configs, listener.preparing, shards=shards)
     federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
     with ExitStack() as stack:
-        recorders = []
-        for f, path in zip(federations, paths):
-            run = RunFolder.create(path, f.config, f.partition, f.pixels.ids, overwrite)
-            stack.enter_context(run.locked())
-            recorders.append(Recorder(run, f, 0))
+        with shards.together():
+            for f, path in zip(federations, paths) if shards.leads else ():
+                run = RunFolder.create(path, f.config, f.partition, f.pixels.ids, overwrite)
+                stack.enter_context(run.locked())
+        recorders = [Recorder(RunFolder(path), f, 0) for f, path in zip(federations, paths)]
         return [recorder.finish() for recorder in run_rounds(recorders, 0, listener, begun)]
 
 
@@ -103,37 +118,48 @@ def resume(
         FastdlpError: not a run, or a run of other options, data, model or a damaged checkpoint.
         Stopped: the listener asked for it.
     """
-    listener = listener or Listener()
-    folder = RunFolder(Path(run))
-    with folder.locked():
-        return _resume(folder, rounds, given or {}, listener)
+    with sharded() as shards, ExitStack() as stack:
+        with shards.together():
+            folder = RunFolder(Path(run))
+            if shards.leads:
+                stack.enter_context(folder.locked())
+        return _resume(folder, rounds, given or {}, _heard(listener or Listener(), shards), shards)
 
 
-def _resume(run: RunFolder, rounds: int | None, given: dict[str, Any], listener: Listener) -> dict[str, Any]:
+def _resume(
+    run: RunFolder, rounds: int | None, given: dict[str, Any], listener: Listener, shards: Shards
+) -> dict[str, Any]:
     """`resume` while nobody else writes to the folder."""
     begun = time.perf_counter()
-    config = replace(run.config(), out=str(run.path))
-    asked = resolve(replace(config, **given)) if given else config
-    if other := differences(config, asked):
-        raise FastdlpError(f"{run.path} was started with {', '.join(other)}: resume without it, or start a new run")
-    if rounds is not None:
-        asked = replace(asked, rounds=rounds)
-        asked.check()
-    summary = run.summary()
-    if summary is not None and summary["rounds"] == asked.rounds:
-        return summary
-    remove_temporaries(run.path)
-    federation = prepare(asked, listener.preparing, run.path / PARTITION)
-    finished = restore(run, federation)
-    if finished > (asked.rounds or 0):
-        raise FastdlpError(
-            f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
-        )
-    if asked != config:
-        run.change_config(asked)
+    with shards.together():
+        config = replace(run.config(), out=str(run.path))
+        asked = resolve(replace(config, **given)) if given else config
+        if other := differences(config, asked):
+            raise FastdlpError(f"{run.path} was started with {', '.join(other)}: resume without it, or start a new run")
+        if rounds is not None:
+            asked = replace(asked, rounds=rounds)
+            asked.check()
+        summary = run.summary()
+        if summary is not None and summary["rounds"] == asked.rounds:
+            return summary
+        federation = prepare(asked, listener.preparing, run.path / PARTITION, shards)
+        finished = restore(run, federation)
+        if finished > (asked.rounds or 0):
+            raise FastdlpError(
+                f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
+            )
+    if shards.leads:
+        remove_temporaries(run.path)
+        if asked != config:
+            run.change_config(asked)
     recorder = Recorder(run, replace(federation, config=asked), finished)
     run_rounds([recorder], finished, listener, begun)
     return recorder.finish()
+
+
+def _heard(listener: Listener, shards: Shards) -> Listener:
+    """The listener of a process that is not the first is not told of what the first one's hears as well."""
+    return listener if shards.leads else Listener(should_stop=listener.should_stop)
 
 
 def _named(config: TrainConfig) -> Path:

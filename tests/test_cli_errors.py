@@ -295,8 +295,12 @@ OTHERS = {
     "train --out weights.doc/run": ["weights.doc", "--out"],
     "train --out /proc/run": ["/proc", "--out"],
     f"train --out {'long' * 80}": ["File name too long", "--out"],
-    "bench step --precision fp8": ["--precision", "'fp8'", "fp32, bf16"],
-    "bench step --repeats 1": ["--repeats"],
+    "bench round --precision fp8": ["--precision", "'fp8'", "fp32, bf16"],
+    "bench round --only adapters": ["--only", "'adapters'", "peft, autocast, strongest"],
+    "bench round --encoder text --only peft": ["--only", "'peft'", "uncached, fastdlp"],
+    "bench round --encoder both": ["--encoder", "'both'", "image, text"],
+    "bench round --only autocast --precision fp32": ["no form is left"],
+    "bench round --repeats 1": ["--repeats"],
 }
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fastdlp.bench import cases, compile
+from fastdlp.bench.engine import fastdlp_engine
 from fastdlp.bench.problem import make_problem
-from fastdlp.bench.step import fastdlp_engine
 from fastdlp.kernels import tiles
 from fastdlp.kernels.launch import Launch, recording
 from tests.conftest import CLI
@@ -156,9 +156,9 @@ def launch_flags(launch: Launch) -> tuple[Any, ...]:
 def test_the_cases_hold_what_an_engine_launches(tmp_path: Path) -> None:
     with tiles.assume("80"):
         listed = {launch_flags(launch) for _, launch in cases.launches_of(small=False)}
-        problem = make_problem(tiny_clip(tmp_path / "model", quick_gelu=True), 2)
+        problem = make_problem(tiny_clip(tmp_path / "model", quick_gelu=True), 2, clients=2)
         for teacher in ("fresh", "pre-update"):
-            engine = fastdlp_engine(problem, "fp32", teacher, torch.device("cpu"), 2, "triton")
+            engine = fastdlp_engine(problem, "fp32", teacher, torch.device("cpu"), "triton")
             with recording(dry=True) as launches:
                 engine.train_round(1)
             launched = {launch_flags(launch) for launch in launches}

@@ -85,7 +85,7 @@ def engine(
     total = max(sum(SIZES) + sum(TESTS), sum(len(s.train) + len(s.test) for s in chosen))
     labels = np.arange(total) % len(CLASSES)
     task = task_of(clip, encoder, total, resident)
-    return Engine(m, bank, task, Objective(**options), hyper, chosen, labels, schedule, runner)
+    return Engine(m, bank, task, Objective(**options), hyper, chosen, labels, schedule, runner=runner)
 
 
 def rows(e: Engine) -> dict[int, dict[str, torch.Tensor]]:

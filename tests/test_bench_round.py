@@ -1,0 +1,181 @@
+"""The benchmark of a round: every form is there and checked, a wrong one is refused, and what is told is exact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdlp.bench import engine, flops, full_baseline, paper_baseline, peft_baseline, round, strongest_baseline, turns
+from fastdlp.bench.problem import Problem, make_problem
+from fastdlp.errors import FastdlpError
+from tests.conftest import CLI
+from tests.models import tiny_clip
+
+pytest.importorskip("peft", reason="the baselines need the extra fastdlp[bench]")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_clip(tmp_path_factory.mktemp("bench") / "model", quick_gelu=True)
+
+
+@pytest.fixture
+def setting(model: str) -> round.Setting:
+    """Two clients of two batches of four images."""
+    return round.Setting(model, "image", 2, 2, 4, ("fp32", "bf16"), 2, CPU)
+
+
+@pytest.fixture(scope="module")
+def problem(model: str) -> Problem:
+    return make_problem(model, 4, clients=2, steps=2)
+
+
+def measured(setting: round.Setting, **changes: Any) -> dict[str, Any]:
+    return round.bench_round(replace(setting, **changes), lambda text: None)
+
+
+def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
+    result = measured(setting)
+    rows = {(row["form"], row["precision"]): row for row in result["rows"]}
+    both = ["PEFT", "PEFT, strongest", "paper's way, 8 forwards", "full fine-tuning"]
+    both += ["fastdlp", "fastdlp pre-update", "fastdlp flora, image", "fastdlp flora, text"]
+    assert set(rows) == {(name, p) for name in both for p in ("fp32", "bf16")} | {("PEFT, autocast", "bf16")}
+    for (name, precision), row in rows.items():
+        assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
+        assert row["images_per_s"] == pytest.approx(2 * 4 / row["ms_50"] * 1e3)
+        assert row["kernels"] > 100
+        assert 0 < row["peak_share"] < 1
+        assert row["peak_bytes"] is None
+        if (name, precision) == ("PEFT", "fp32"):
+            assert (row["compared_with"], row["compared_steps"]) == ("itself", [])
+            continue
+        assert row["compared_steps"] == ([1] if row["group"] == "FLoRA" else [1, 2, 3])
+        for name, errors in row["loss_errors"].items():
+            assert len(errors) == len(row["compared_steps"])
+            assert max(errors) <= result["tolerance"][precision][name[:2]]
+    assert rows["fastdlp", "fp32"]["compared_with"] == "PEFT"
+    assert "pair of forwards" in rows["fastdlp pre-update", "fp32"]["compared_with"]
+    assert rows["PEFT", "fp32"]["times"]["PEFT"] == 1.0
+    assert set(rows["fastdlp", "bf16"]["times"]) == {"PEFT", "PEFT fp32", "strongest", "paper's way fp32"}
+    assert set(rows["fastdlp flora, text", "bf16"]["times"]) == {"full", "full fp32"}
+
+
+def test_kernels_of_clients_in_turn_are_those_of_all(setting: round.Setting) -> None:
+    one, two = (
+        measured(setting, clients=clients, precisions=("fp32",), only=("peft", "fastdlp"))["rows"] for clients in (1, 2)
+    )
+    assert two[0]["kernels"] == 2 * one[0]["kernels"]
+    assert two[1]["kernels"] < 1.1 * one[1]["kernels"]
+
+
+def test_without_peft_the_first_form_is_the_reference(setting: round.Setting) -> None:
+    result = measured(setting, precisions=("fp32",), with_peft=False)
+    rows = {row["key"]: row for row in result["rows"]}
+    assert set(rows) == {"fastdlp", "pre-update", "full", "flora"}
+    assert (rows["fastdlp"]["compared_with"], rows["pre-update"]["compared_steps"]) == ("itself", [1])
+    assert "peft" not in result["versions"]
+
+
+WRONG = {
+    # what is changed: which form it is, and the first step at which its losses must be refused
+    "a loss": ("peft", "step 1"),
+    "the step of one adapter left out": ("strongest", "step 2"),
+    "the same in bf16": ("strongest", "step 3"),
+    "text features of other prompts": ("paper", "step 1"),
+    "no average": ("paper", "step 3"),
+    "adapters left by the client before": ("fastdlp", "step 1"),
+    "another learning rate": ("pre-update", "step"),
+    "the loss of full fine-tuning": ("full", "step 1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_form_is_refused(what: str, setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, step = WRONG[what]
+    if what == "a loss":
+        plain = peft_baseline.kl
+        monkeypatch.setattr(peft_baseline, "kl", lambda student, teacher: 1.05 * plain(student, teacher))
+        key = "fastdlp"  # it is PEFT that the others are compared with
+    elif what in ("the step of one adapter left out", "the same in bf16"):
+        update = peft_baseline.PeftRounds._update
+
+        def forgets(self: Any, adapter: str, loss: torch.Tensor) -> None:
+            if adapter == "local":
+                update(self, adapter, loss)
+
+        monkeypatch.setattr(strongest_baseline.StrongestRounds, "_update", forgets)
+    elif what == "text features of other prompts":
+        features = paper_baseline.PaperRounds._class_features
+        monkeypatch.setattr(paper_baseline.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
+    elif what == "no average":
+        monkeypatch.setattr(paper_baseline.PaperRounds, "_average", lambda self: None)
+    elif what == "adapters left by the client before":
+        monkeypatch.setattr(turns, "_copy", lambda live, held: None)
+    elif what == "another learning rate":
+        monkeypatch.setattr(engine, "LR", 1.5 * engine.LR)
+    else:
+        monkeypatch.setattr(full_baseline.FullRounds, "_epoch", _scaled(full_baseline.FullRounds._epoch))
+    with pytest.raises(FastdlpError, match="does not compute the losses of") as refusal:
+        measured(setting, precisions=("bf16" if "bf16" in what else "fp32",), only=(key,))
+    assert step in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def _scaled(epoch: Any) -> Any:
+    return lambda self, client, steps: [
+        {n: 1.01 * loss for n, loss in one.items()} for one in epoch(self, client, steps)
+    ]
+
+
+def test_text_rows(setting: round.Setting) -> None:
+    result = measured(setting, encoder="text")
+    rows = {(row["key"], row["precision"]): row for row in result["rows"]}
+    assert set(rows) == {(key, p) for key in ("uncached", "fastdlp") for p in ("fp32", "bf16")}
+    assert rows["uncached", "fp32"]["compared_with"] == "itself"
+    for key in (("uncached", "bf16"), ("fastdlp", "fp32"), ("fastdlp", "bf16")):
+        assert rows[key]["compared_steps"] == [1, 2, 3]
+    assert rows["fastdlp", "fp32"]["times"]["uncached"] > 1
+
+
+def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = engine.frozen_image_features
+    monkeypatch.setattr(engine, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
+    with pytest.raises(FastdlpError, match="fastdlp in fp32 does not compute the losses of all 20 tokens"):
+        measured(setting, encoder="text", only=("fastdlp",))
+
+
+def test_operations_of_the_frozen_products(problem: Problem) -> None:
+    """By hand for the tiny tower: width 32, 4 · 32 in the MLP, 10 tokens, 2 blocks, 16 in the joint space."""
+    w, m, tokens = 32, 128, 10
+    block, last = tokens * (4 * w * w + 2 * w * m), tokens * 2 * w * w + 2 * w * w + 2 * w * m
+    forward = 2 * (block + last + w * 16)
+    assert flops.forward_flops(problem.clip.image, tokens) == forward
+    assert flops.backward_flops(problem.clip.image, tokens) == forward - 2 * tokens * 3 * w * w
+    assert flops.image_step(problem, 3, 0) == 3 * 2 * 4 * forward
+
+
+def test_files_are_written(model: str, cli: CLI, tmp_path: Path) -> None:
+    output, plot = tmp_path / "round.json", tmp_path / "round.png"
+    command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 2, "--clients", 2, "--steps", 2]
+    command += ["--device", "cpu", "--only", "peft", "--only", "fastdlp", "--only", "flora"]
+    code, out, _ = cli(*command, "--output", output, "--plot", plot)
+    assert code == 0
+    assert "PEFT" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    result = json.loads(output.read_text())
+    assert result["command"].startswith("fastdlp bench round --model")
+    assert {"device", "threads", "commit", "versions", "tolerance", "peak_tflops"} <= set(result)
+    assert len(result["rows"]) == 8
+
+
+def test_nothing_left_is_told(model: str, cli: CLI) -> None:
+    code, _, err = cli("bench", "round", "--model", model, "--only", "autocast", "--precision", "fp32")
+    assert code == 2
+    assert "no form is left" in err
+    assert err.count("\n") == 1
