@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fastdlp.methods import make_method
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
+from fastdlp.replay import CudaGraphs, Step
 from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
@@ -34,16 +36,21 @@ class EngineRounds:
     stand at one.
     """
 
-    def __init__(self, problem: Problem, task: ClassificationTask, method: Method, bank: AdapterBank) -> None:
-        self.problem, self.task, self.method = problem, task, method
+    def __init__(
+        self, problem: Problem, task: ClassificationTask, method: Method, bank: AdapterBank, graph: bool = False
+    ) -> None:
+        self.problem, self.task, self.method, self.graph = problem, task, method, graph
         self.engine = self._engine(bank, range(problem.steps), train_gates=True)
 
     def first_steps(self) -> Losses:
         # An engine tells the mean of a round: one of one batch, again and again over the same bank, tells each step.
         bank = initial_bank(self.problem, self.method, self.engine.bank.device, self.engine.bank.backend)
+        # One recording serves these engines, as it serves the rounds of one: samples are what it is told anew.
+        runners: list[Step] = []
         means = []
         for step in range(CHECKED):
-            engine = self._engine(bank, range(step, step + 1), train_gates=False)
+            engine = self._engine(bank, range(step, step + 1), False, runners[0] if runners else None)
+            runners.append(engine.run)
             means.append(engine.train_round(1).means)
             if step == CHECKED - 2:
                 engine.aggregate()
@@ -57,8 +64,8 @@ class EngineRounds:
     def step(self) -> RoundLosses:
         return self.engine.train_round(1)
 
-    def _engine(self, bank: AdapterBank, steps: range, train_gates: bool) -> Engine:
-        """An engine whose round is these batches of every client."""
+    def _engine(self, bank: AdapterBank, steps: range, train_gates: bool, run: Step | None = None) -> Engine:
+        """An engine whose round is these batches of every client; `run` is another's, for the same bank."""
         clients, device, batch = self.problem.clients, bank.device, self.problem.batch
 
         def everywhere(value: float) -> Tensor:
@@ -69,9 +76,12 @@ class EngineRounds:
         slots = [
             Slot(np.array(self.problem.samples(client, steps)), np.arange(0), 0, client, 0) for client in range(clients)
         ]
-        schedule = Schedule(batch, 1, self.task.rows(batch) * clients)
+        schedule = Schedule(batch, 1, self.task.rows(batch) * clients, padded=self.graph)
+        runner = partial(CudaGraphs, device=device) if self.graph else None
         labels = self.problem.labels.flatten().numpy()
-        return Engine(self.method, bank, self.task, Objective(), hyper, slots, labels, schedule)
+        engine = Engine(self.method, bank, self.task, Objective(), hyper, slots, labels, schedule, runner=runner)
+        engine.run = engine.run if run is None else run
+        return engine
 
 
 def image_rounds(
@@ -81,6 +91,7 @@ def image_rounds(
     backend: str = "torch",
     method: str = "feddlp",
     teacher: str = "fresh",
+    graph: bool = False,
 ) -> EngineRounds:
     """Adapters in the image tower; class features cached."""
     clip, text = problem.clip, problem.text.to(device)
@@ -89,7 +100,7 @@ def image_rounds(
     tokens = TokenSource(stem, Pixels(problem.pixels), device, DTYPES[precision], 1 << 40)
     task = ImageTask(tower, tokens, (text, text), clip.logit_scale)
     made = _method(method, teacher, "image")
-    return EngineRounds(problem, task, made, initial_bank(problem, made, device, backend))
+    return EngineRounds(problem, task, made, initial_bank(problem, made, device, backend), graph)
 
 
 def text_rounds(

@@ -16,8 +16,11 @@ from fastdlp.bench.runner import Losses, Runner
 from fastdlp.bench.strongest_baseline import StrongestRounds
 
 
-def image_forms(problem: Problem, backends: Sequence[str], with_peft: bool) -> list[Form]:
-    """All forms, baselines first; full fine-tuning needs no PEFT but is a baseline too."""
+def image_forms(problem: Problem, backends: Sequence[str], with_peft: bool, graphs: bool = False) -> list[Form]:
+    """All forms, baselines first; full fine-tuning needs no PEFT but is a baseline too.
+
+    graphs: fastdlp's also with its steps recorded.
+    """
     step, pre_update = flops.image_step(problem, 3, 2), flops.image_step(problem, 2, 2)
     forms = []
     if with_peft:
@@ -33,6 +36,19 @@ def image_forms(problem: Problem, backends: Sequence[str], with_peft: bool) -> l
             _ours("fastdlp", "fastdlp", backend, (3, 2), step, is_reference=first),
             _ours("pre-update", "fastdlp pre-update", backend, (2, 2), pre_update, teacher="pre-update"),
         ]
+        if graphs:
+            forms += [
+                _ours("fastdlp", "fastdlp --cuda-graph", backend, (3, 2), step, graph=True),
+                _ours(
+                    "pre-update",
+                    "fastdlp pre-update --cuda-graph",
+                    backend,
+                    (2, 2),
+                    pre_update,
+                    teacher="pre-update",
+                    graph=True,
+                ),
+            ]
     full = flops.full_step(problem)
     forms.append(Form("full", "full fine-tuning", "FLoRA", "flora", 2, 2, full, FullRounds, in_turn=True))
     for backend in backends:
@@ -88,9 +104,11 @@ def _ours(
     flop: int,
     teacher: str = "fresh",
     is_reference: bool = False,
+    graph: bool = False,
 ) -> Form:
     def make(problem: Problem, precision: str, device: torch.device) -> Runner:
-        return engine.image_rounds(problem, precision, device, backend, teacher=teacher)
+        on_gpu = device.type == "cuda"  # operations are counted on a CPU
+        return engine.image_rounds(problem, precision, device, backend, teacher=teacher, graph=graph and on_gpu)
 
     losses = "feddlp" if teacher == "fresh" else "pre-update"
     return Form(

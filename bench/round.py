@@ -102,7 +102,10 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
     versions = {"torch": torch.__version__, **(peft_versions() if setting.with_peft else {})}
     tell("weights and images")
     problem = make_problem(setting.model, setting.batch, setting.clients, setting.steps)
-    forms = (text_forms if setting.encoder == "text" else image_forms)(problem, setting.backends, setting.with_peft)
+    if setting.encoder == "text":
+        forms = text_forms(problem, setting.backends, setting.with_peft)
+    else:
+        forms = image_forms(problem, setting.backends, setting.with_peft, setting.device.type == "cuda")
     chosen = [
         (form, precision)
         for precision in DTYPES  # fp32 first: with it the reference

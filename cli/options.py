@@ -80,6 +80,7 @@ HELP: dict[str, tuple[str, str]] = {
     "backend": (MACHINE, "How the adapted linears run: triton (fused kernels, CUDA), torch (library products), or "
                          "auto: triton on GPUs for which its tiles were measured."),
     "micro_batch": (MACHINE, "Rows that go through the tower at once. Default: what fits the memory."),
+    "cuda_graph": (MACHINE, "Record a step as a CUDA graph and replay it. All batches are padded to full ones."),
     "out": (RECORD, "Run folder. Default: a new one under runs/."),
     "checkpoint_every": (RECORD, "Rounds between checkpoints."),
     "trace": (RECORD, "Also write every client's adapters each round and every batch, for a replay."),

@@ -122,6 +122,7 @@ class TrainConfig:
     device: str = "auto"
     backend: Literal["auto", "triton", "torch"] = "auto"
     micro_batch: int | None = None
+    cuda_graph: bool = False
 
     # record
     out: str | None = None

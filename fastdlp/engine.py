@@ -111,7 +111,7 @@ class Engine:
         self.own = frozenset(slot for slot, owner in enumerate(self.owners) if owner == shards.rank)
         self._labels = torch.from_numpy(np.asarray(labels, np.int64)).to(bank.device)
         self._losses: tuple[str, ...] = ()  # names, in the order in which a step returns them
-        self._run: Step = self._step if runner is None else runner(self._step)
+        self.run: Step = self._step if runner is None else runner(self._step)  # what runs a step
         self._scoring: dict[tuple[str, frozenset[int]], Plan] = {}
         # Called as (round, slot, step, sample numbers) for every batch, in order; for whoever keeps a record.
         self.on_batch: Callable[[int, int, int, np.ndarray], None] | None = None
@@ -148,7 +148,7 @@ class Engine:
                 self.bank.device,
                 self.schedule.batch_size if self.schedule.padded else None,
             )
-            history.append((plan, [self._run(*inputs) for inputs in self._inputs(plan)]))
+            history.append((plan, [self.run(*inputs) for inputs in self._inputs(plan)]))
             if self.on_batch:
                 for step, own in sorted((step, slot) for slot in queues for step in range(len(queues[slot]))):
                     self.on_batch(number, own, step, queues[own][step])

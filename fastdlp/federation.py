@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
 from fastdlp.processes import refuse_several
+from fastdlp.replay import CudaGraphs
 from fastdlp.shards import ALONE, Shards
 from fastdlp.sites import Branch
 
@@ -106,6 +108,10 @@ def prepare_together(
     check_name(config.dataset)
     device = pick_device(config.device, shards)
 
+    if config.cuda_graph and (device.type != "cuda" or method.streamed):
+        reason = f"--device is {device}" if device.type != "cuda" else f"--method {method.name} takes clients in turn"
+        raise FastdlpError(f"--cuda-graph records a step of many clients on a CUDA GPU, but {reason}: leave it out")
+
     tell(f"weights of {config.model}")
     clip = load_clip(config.model, config.pretrained, config.seed)
     transform = clip.transform if config.transform == "model" else replace(clip.transform, resize_mode="squash")
@@ -130,9 +136,11 @@ def prepare_together(
     bank = _bank(method, built, configs, partition.clients, device)
     objective = Objective(config.task_loss, config.kd_direction, config.kd_temperature, config.kd_logits)  # type: ignore[arg-type]
     # A GPU is bound by launches, which a larger batch saves. A CPU gains little, so runs keep their own shapes.
-    schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed=device.type != "cpu")
+    mixed = device.type != "cpu"
+    schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed, padded=config.cuda_graph)
+    runner = partial(CudaGraphs, device=device) if config.cuda_graph else None
     hyper = _hyperparameters(configs, bank, partition.clients)
-    engine = Engine(method, bank, built.task, objective, hyper, slots, pixels.labels, schedule, shards)
+    engine = Engine(method, bank, built.task, objective, hyper, slots, pixels.labels, schedule, shards, runner)
     fingerprint = clip.fingerprint()
     return [
         Federation(c, engine, pixels, partition, fingerprint, number, built.weight_bytes)

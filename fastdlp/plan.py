@@ -3,7 +3,8 @@
 Between two exchanges clients do not depend on each other: a client's batches have an order, those of different clients
 have none. So a step takes whatever is ready: the clients with the most batches left first, which ends a round in the
 fewest steps, and full batches before the last, smaller one of an epoch, so that those wait for each other and go
-through together (padded, they have one shape, and nobody waits). A client with most of the data steps alone once the others are done; nothing is padded to it.
+through together (padded, all have one shape, and none waits). A client with most of the data steps alone once the
+others are done; nothing is computed for those.
 """
 
 from __future__ import annotations

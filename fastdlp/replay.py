@@ -77,5 +77,7 @@ class CudaGraphs:
             raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise FastdlpError(f"a step cannot be recorded as a CUDA graph ({reason}): use --no-cuda-graph") from error
+            raise FastdlpError(
+                f"a step cannot be recorded as a CUDA graph ({reason}): leave out --cuda-graph"
+            ) from error
         return _Recorded(graph, words, staged, losses)

@@ -95,3 +95,52 @@ def _losses(run: Path, **options: object) -> list[float]:
     train(TrainConfig(rounds=2, clients=4, out=str(run), **options))  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [value for line in lines for value in line["losses"].values()]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("encoder", "teacher"), [("image", "fresh"), ("image", "pre-update"), ("text", "fresh")])
+def test_graphs_follow_the_plain_steps(tmp_path: Path, encoder: str, teacher: str, backend: str) -> None:
+    """Losses of two rounds with every step through a CUDA graph, and without."""
+    options = {"device": "cuda", "encoder": encoder, "teacher": teacher, "backend": backend, "precision": "fp32"}
+    plain = _losses(tmp_path / "plain", **options)
+    assert _losses(tmp_path / "graph", cuda_graph=True, **options) == pytest.approx(plain, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_no_step_waits_for_the_host(tmp_path: Path, graph: bool) -> None:
+    """A round's steps with synchronisation turned into an error, after rounds that compile, fill caches and record."""
+    from fastdlp.federation import prepare
+
+    engine = prepare(TrainConfig(device="cuda", clients=4, cuda_graph=graph, out=str(tmp_path))).engine
+    for number in (1, 2):
+        engine.train_round(number)
+    run = engine.run
+
+    def strict(*inputs: object) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(*inputs)  # type: ignore[arg-type]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.run = strict
+    engine.train_round(3)
+
+
+def test_memory_stays_within_its_estimate(tmp_path: Path) -> None:
+    """The peak of a round's activations against `activation_bytes`, ViT-B/32 in bf16."""
+    from fastdlp.bench.engine import image_rounds
+    from fastdlp.bench.problem import make_problem
+    from fastdlp.memory import GRAPHS, activation_bytes
+
+    problem, device = make_problem("ViT-B-32-quickgelu", 32, clients=10), torch.device("cuda")
+    rounds = image_rounds(problem, "bf16", device)
+    rounds.round()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rounds.round()
+    peak, tower = torch.cuda.max_memory_allocated(), problem.clip.image
+    assert peak < 12e9
+    estimate = GRAPHS * 320 * activation_bytes(tower.shape, 50, tower.heads, 2, "torch", "cuda")
+    assert 0.5 * estimate < peak - before < 1.3 * estimate

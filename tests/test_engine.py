@@ -186,7 +186,7 @@ def test_a_recorded_step_takes_nothing_from_the_host(
         for name, mean in theirs.means.items():
             assert np.array_equal(losses.means[name], mean), name
         recorded.aggregate(), plain.aggregate()
-    assert recorded._run.replays >= 8
+    assert recorded.run.replays >= 8
     for slot in slots():
         for name, value in rows(plain)[slot.client].items():
             assert torch.equal(rows(recorded)[slot.client][name], value), name

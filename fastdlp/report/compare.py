@@ -15,7 +15,7 @@ from fastdlp.report.read import Run
 _SAME = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
 _DEALING = ("partition", "clients", "beta", "classes_per_client", "partition_seed", "empty_clients", "shots")
 # What may differ between seeds of one experiment.
-_NO_EXPERIMENT = NOT_IN_NUMBERS | {"seed", "trace", "device", "backend", "micro_batch", *_DEALING}
+_NO_EXPERIMENT = NOT_IN_NUMBERS | {"seed", "trace", "device", "backend", "micro_batch", "cuda_graph", *_DEALING}
 _IN_TABLE = {"method", "encoder", "seed", "rounds", "beta"}  # columns of the table of runs
 _LONGEST = 60
 
