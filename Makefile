@@ -19,8 +19,8 @@ lint: .venv ## ruff and the type checker
 format: .venv ## let ruff put things in order
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
-bench: .venv ## a FEDDLP step beside PEFT on this machine
-	.venv/bin/fastdlp bench step
+bench: .venv ## a federated round beside PEFT on this machine
+	.venv/bin/fastdlp bench round
 
 ci: ## what has to pass: fresh environment, tests, lint, types
 	.ci/run

@@ -66,9 +66,10 @@ finish() {
 # -- correct? -----------------------------------------------------------------------------------------------
 
 tests=(tests/test_cuda.py tests/test_dual_lora_launch.py tests/test_dual_lora_ops.py tests/test_adamw.py
-    tests/test_tower.py tests/test_module.py)
+    tests/test_tower.py tests/test_module.py tests/test_engine.py tests/test_memory.py)
 if ! has sklearn; then
-    for name in test_training_follows_the_cpu test_same_bits_every_run; do
+    for name in test_training_follows_the_cpu test_same_bits_every_run test_graphs_follow_the_plain_steps \
+        test_no_step_waits_for_the_host; do
         tests+=(--deselect "tests/test_cuda.py::$name")
     done
     note "tests of training" "left out: scikit-learn, which holds their data, is not installed"
@@ -124,9 +125,14 @@ fi
 stage "kernels, ViT-B-32" 100 "${bench[@]}" kernels --model ViT-B-32 --clients 1 --clients 10 --milliseconds 100 \
     --output "$OUT/kernels-$device-ViT-B-32.json"
 for clients in 10 1; do
-    stage "step, $clients clients" 110 "${bench[@]}" step --clients "$clients" --backend torch --backend triton \
-        "${peft[@]}" --output "$OUT/step-$device-$clients-clients-backends.json"
+    stage "round, $clients clients" 150 "${bench[@]}" round --clients "$clients" --steps 2 --repeats 3 \
+        --backend torch --backend triton "${peft[@]}" \
+        --output "$OUT/round-$device-$clients-clients.json" --plot "$OUT/round-$device-$clients-clients.png"
 done
+stage "round, text" 60 "${bench[@]}" round --encoder text --clients 10 --steps 2 --repeats 3 \
+    --output "$OUT/round-$device-text.json"
+stage growth 120 "${bench[@]}" growth --precision bf16 --samples 8000 --batch-size 8 --clients 10 --clients 100 \
+    --clients 1000 --repeats 2 --output "$OUT/growth-$device.json" --plot "$OUT/growth-$device.png"
 stage "kernels, ViT-L-14" 100 "${bench[@]}" kernels --model ViT-L-14 --clients 1 --clients 10 --milliseconds 100 \
     --output "$OUT/kernels-$device-ViT-L-14.json"
 finish $failed
