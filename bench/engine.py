@@ -21,10 +21,11 @@ from fastdlp.methods import make_method
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
-from fastdlp.replay import CudaGraphs, Step
+from fastdlp.replay import CudaGraphs
 from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
+from fastdlp.tower import Tower
 
 XI = 5e-5  # the gates' threshold
 
@@ -45,12 +46,10 @@ class EngineRounds:
     def first_steps(self) -> Losses:
         # An engine tells the mean of a round: one of one batch, again and again over the same bank, tells each step.
         bank = initial_bank(self.problem, self.method, self.engine.bank.device, self.engine.bank.backend)
-        # One recording serves these engines, as it serves the rounds of one: samples are what it is told anew.
-        runners: list[Step] = []
+        engine = self._engine(bank, range(CHECKED), train_gates=False)
         means = []
         for step in range(CHECKED):
-            engine = self._engine(bank, range(step, step + 1), False, runners[0] if runners else None)
-            runners.append(engine.run)
+            engine.slots = self._slots(range(step, step + 1))
             means.append(engine.train_round(1).means)
             if step == CHECKED - 2:
                 engine.aggregate()
@@ -64,8 +63,15 @@ class EngineRounds:
     def step(self) -> RoundLosses:
         return self.engine.train_round(1)
 
-    def _engine(self, bank: AdapterBank, steps: range, train_gates: bool, run: Step | None = None) -> Engine:
-        """An engine whose round is these batches of every client; `run` is another's, for the same bank."""
+    def _slots(self, steps: range) -> tuple[Slot, ...]:
+        """Clients that hold these batches."""
+        return tuple(
+            Slot(np.array(self.problem.samples(client, steps)), np.arange(0), 0, client, 0)
+            for client in range(self.problem.clients)
+        )
+
+    def _engine(self, bank: AdapterBank, steps: range, train_gates: bool) -> Engine:
+        """An engine whose round is these batches of every client."""
         clients, device, batch = self.problem.clients, bank.device, self.problem.batch
 
         def everywhere(value: float) -> Tensor:
@@ -73,15 +79,11 @@ class EngineRounds:
 
         gate_lr, xi = (LR, XI) if train_gates else (0.0, 0.0)
         hyper = Hyperparameters(everywhere(LR), everywhere(gate_lr), everywhere(xi), everywhere(ALPHA))
-        slots = [
-            Slot(np.array(self.problem.samples(client, steps)), np.arange(0), 0, client, 0) for client in range(clients)
-        ]
         schedule = Schedule(batch, 1, self.task.rows(batch) * clients, padded=self.graph)
         runner = partial(CudaGraphs, device=device) if self.graph else None
         labels = self.problem.labels.flatten().numpy()
-        engine = Engine(self.method, bank, self.task, Objective(), hyper, slots, labels, schedule, runner=runner)
-        engine.run = engine.run if run is None else run
-        return engine
+        slots = self._slots(steps)
+        return Engine(self.method, bank, self.task, Objective(), hyper, slots, labels, schedule, runner=runner)
 
 
 def image_rounds(
@@ -95,7 +97,7 @@ def image_rounds(
 ) -> EngineRounds:
     """Adapters in the image tower; class features cached."""
     clip, text = problem.clip, problem.text.to(device)
-    tower = replace(clip.image.to(device, DTYPES[precision]), backend=backend)
+    tower = replace(_moved(clip.image, device, DTYPES[precision]), backend=backend)
     stem = moved_stem(clip.image_stem, device)
     tokens = TokenSource(stem, Pixels(problem.pixels), device, DTYPES[precision], 1 << 40)
     task = ImageTask(tower, tokens, (text, text), clip.logit_scale)
@@ -108,7 +110,7 @@ def text_rounds(
 ) -> EngineRounds:
     """Adapters in the text tower; prompts cut to the longest, image features cached."""
     clip = problem.clip
-    image = clip.image.to(device, DTYPES[precision])
+    image = _moved(clip.image, device, DTYPES[precision])
     images = frozen_image_features(image, moved_stem(clip.image_stem, device), Pixels(problem.pixels))
     return text_rounds_over(problem, text_task(problem, images, precision, device, backend), device, backend, method)
 
@@ -131,12 +133,23 @@ def text_task(
     """
     clip, dtype = problem.clip, DTYPES[precision]
     stem = moved_stem(clip.text_stem, device)
-    tower = replace(clip.text.to(device, dtype), backend=backend)
+    tower = replace(_moved(clip.text, device, dtype), backend=backend)
     if plain:
         stem, tower = replace(stem, cut=False), replace(tower, pooled_only=False)
     tokens, index = stem(problem.ids.to(device))
     prompts = Prompts(tokens.to(dtype), index)
     return TextTask(tower, (prompts, prompts), F.normalize(images, dim=-1), clip.logit_scale)
+
+
+_towers: dict[tuple[int, torch.device, torch.dtype], tuple[Tower, Tower]] = {}
+
+
+def _moved(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
+    """One copy for all forms of a benchmark, and on a CPU one layout of its weights."""
+    key = id(tower), device, dtype
+    if key not in _towers:
+        _towers[key] = tower, tower.to(device, dtype)  # the tower is held, so its id stays its own
+    return _towers[key][1]
 
 
 def fastdlp_engine(

@@ -68,6 +68,7 @@ def round_line(
         "gates_zero_share": _ratio(zero.sum(), gates * len(federation.slots)),
         "gates_zero_by_part": by_part,
         "clients": per_client,
+        "utilisation": _ratio(losses.samples, losses.computed),  # of the engine: less than 1 where batches are padded
         "seconds": round(seconds, 3),
     }
 

@@ -131,6 +131,7 @@ def _merged(engine: Engine, own: RoundLosses) -> RoundLosses:
             "means": {name: mean.tolist() for name, mean in own.means.items()},
             "not_finite": [(step, slot, name) for slot, (step, name) in own.not_finite.items()],
             "diverged": own.diverged,
+            "counts": [own.batches, own.samples, own.computed],
         }
     )
     names = dict.fromkeys(name for part in parts for name in part["means"])
@@ -141,4 +142,6 @@ def _merged(engine: Engine, own: RoundLosses) -> RoundLosses:
     }
     bad = sorted(bad for part in parts for bad in part["not_finite"])
     diverged = sorted({slot for part in parts for slot in part["diverged"]})
-    return RoundLosses(means, own.steps, {slot: (step, name) for step, slot, name in bad}, diverged)
+    batches, samples, computed = zip(*(part["counts"] for part in parts))
+    first_bad = {slot: (step, name) for step, slot, name in bad}
+    return RoundLosses(means, own.steps, first_bad, diverged, max(batches), sum(samples), sum(computed))

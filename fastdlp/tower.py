@@ -254,7 +254,9 @@ def _causal(tokens: int, device: torch.device) -> Tensor:
 def _moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A frozen dataclass tree with every tensor moved."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=dtype).contiguous()
+        # The same tensor where nothing changes: a frozen product's layout is kept for a tensor.
+        value = value.detach() if value.requires_grad else value
+        return value.to(device=device, dtype=dtype).contiguous()
     if isinstance(value, tuple):
         return tuple(_moved(item, device, dtype) for item in value)
     if isinstance(value, (Tower, Block, Norm, Linear)):
