@@ -103,9 +103,13 @@ class Inputs:
     @staticmethod
     def write(step: Sequence[Batch], shape: Shape, row: Callable[[int], int]) -> np.ndarray:
         """The words of a step; `row` is the bank's row of a slot."""
-        ids = np.stack([np.concatenate([b, np.full(shape.samples - len(b), b[0])]) for _, b in step])
         slots, counts = [row(slot) for slot, _ in step], [len(samples) for _, samples in step]
-        return np.concatenate([np.array([slots, counts], np.int64).ravel(), ids.ravel()])
+        return np.concatenate([np.array([slots, counts], np.int64).ravel(), _padded(step, shape)])
+
+
+def _padded(step: Sequence[Batch], shape: Shape) -> np.ndarray:
+    """The sample numbers of all batches, [n · S], each padded with its own first."""
+    return np.concatenate([np.concatenate([b, np.full(shape.samples - len(b), b[0])]) for _, b in step])
 
 
 class Plan:
@@ -141,8 +145,7 @@ class Plan:
 
     def ids(self, number: int) -> np.ndarray:
         """The sample numbers of a step on the host, [n · S] with their padding."""
-        step, samples = self.steps[number], self.shapes[number].samples
-        return np.concatenate([np.concatenate([b, np.full(samples - len(b), b[0])]) for _, b in step])
+        return _padded(self.steps[number], self.shapes[number])
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -112,9 +112,9 @@ class ImageTask:
         ]
 
 
-@lru_cache(maxsize=512)
+@cache
 def _places(groups: RowGroups, samples: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Between samples padded to [n, S] and rows sorted by group.
+    """Between samples padded to [n, S] and rows sorted by group. Kept for good: a CUDA graph reads it by address.
 
     Returns:
         [rows] the place among the n · S of every row, and per view the row of every place, [n, S]; padding points at
