@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdlp.clip import Clip, class_prompts, load_clip
 from fastdlp.task import Prompts, frozen_text_features
 
-# The Oxford-IIIT Pets' classes and the template that goes with them.
+# The Oxford-IIIT Pets' classes, in the paper's prompt. OpenAI's own for them has ", a type of pet" behind.
 PETS = (
     "Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Beagle", "Bengal", "Birman",
     "Bombay", "Boxer", "British Shorthair", "Chihuahua", "Egyptian Mau", "English Cocker Spaniel", "English Setter",
@@ -20,7 +20,7 @@ PETS = (
     "Samoyed", "Scottish Terrier", "Shiba Inu", "Siamese", "Sphynx", "Staffordshire Bull Terrier", "Wheaten Terrier",
     "Yorkshire Terrier",
 )  # fmt: skip
-TEMPLATE = "a photo of a {}, a type of pet."
+TEMPLATE = "a photo of a {}."
 CLASSES = len(PETS)
 ALPHA = 0.1
 LR = 1e-4  # updates show in the next losses, and what rounding makes of Adam's first steps does not yet
@@ -61,14 +61,16 @@ class Problem:
         return replace(self, pixels=self.pixels[:clients, :, :2], labels=self.labels[:clients, :, :2], steps=1)
 
 
-def make_problem(model: str, batch: int, clients: int = 1, steps: int = 1, seed: int = 0) -> Problem:
+def make_problem(
+    model: str, batch: int, clients: int = 1, steps: int = 1, seed: int = 0, template: str = TEMPLATE
+) -> Problem:
     """Random weights and images and the prompts of Pets: what the numbers are does not change the speed."""
     clip = load_clip(model, "none", seed)
     generator = torch.Generator().manual_seed(seed)
     size, batches = clip.transform.size, max(steps, CHECKED)
     pixels = torch.randn(clients, batches, batch, 3, size, size, generator=generator)
     labels = torch.randint(CLASSES, (clients, batches, batch), generator=generator)
-    ids = clip.tokenize(class_prompts(PETS, TEMPLATE))
+    ids = clip.tokenize(class_prompts(PETS, template))
     with torch.no_grad():
         text = F.normalize(frozen_text_features(clip.text, Prompts(*clip.text_stem(ids))), dim=-1)
     return Problem(clip, pixels, labels, ids, text, steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,35 +14,60 @@ from rich.table import Table
 
 from fastdlp.bench.tune import describe
 
+WIDE = 140  # columns of a terminal that shows all of a round's table
+WIDE_ONLY = ("passes", "20–80 %", "images\na second", "kernels", "loss\nerror", "steps")
+
+
+def _round_cells(baselines: list[str], wide: bool, memory: bool) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """What a row shows by column."""
+    cells: dict[str, Callable[[dict[str, Any]], str]] = {
+        "form": lambda row: row["form"],
+        "dtype": lambda row: row["precision"],
+        "passes": lambda row: f"{row['forwards']}f {row['backwards']}b",
+        "ms a\nstep": lambda row: f"{row['ms_50']:,.0f}",
+        "20–80 %": lambda row: f"{row['ms_20']:,.0f}–{row['ms_80']:,.0f}",
+        "images\na second": lambda row: f"{row['images_per_s']:,.4g}",
+    }
+    for label in baselines:
+        cells["×\n" + "\n".join(label.split())] = partial(_times, label)
+    cells |= {
+        "peak\nGB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
+        "kernels": lambda row: f"{row['kernels']:,}",
+        "of\npeak": lambda row: f"{row['peak_share']:.0%}",
+        "loss\nerror": _error,
+        "steps": lambda row: f"1–{len(row['compared_steps'])}" if row["compared_steps"] else "-",
+    }
+    if not memory:
+        del cells["peak\nGB"]
+    return cells if wide else {name: cell for name, cell in cells.items() if name not in WIDE_ONLY}
+
+
+def _times(label: str, row: dict[str, Any]) -> str:
+    return f"{row['times'][label]:.2f}" if label in row["times"] else "-"
+
+
+def _error(row: dict[str, Any]) -> str:
+    errors = [max(by_step) for by_step in row["loss_errors"].values()]
+    return f"{max(errors):.0e}" if errors else "-"
+
 
 def print_round(result: dict[str, Any], console: Console) -> None:
     """The tables of `bench_round`, one for each group of forms, medians with their 20 and 80 % quantiles."""
     console.print(result["what"], style="bold", highlight=False)
+    wide = console.width >= WIDE
     for group, members in groupby(sorted(result["rows"], key=lambda row: row["group"]), key=lambda row: row["group"]):
         rows = list(members)
         baselines = list(dict.fromkeys(label for row in rows for label in row["times"]))
+        cells = _round_cells(baselines, wide, memory=any(row["peak_bytes"] is not None for row in rows))
         table = Table(title=group, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
-        table.add_column("form", no_wrap=True)
-        table.add_column("dtype")
-        columns = ("passes", "ms a step", "images/s", *(f"× {label}" for label in baselines))
-        for column in (*columns, "peak GB", "kernels", "of peak", "loss error", "steps"):
-            table.add_column(column, justify="right", no_wrap=column in ("passes", "ms a step"))
+        table.collapse_padding = True
+        for column in cells:
+            table.add_column(column, justify="left" if column in ("form", "dtype") else "right", no_wrap=True)
         for row in rows:
-            steps, errors = row["compared_steps"], [max(by_step) for by_step in row["loss_errors"].values()]
-            table.add_row(
-                row["form"],
-                row["precision"],
-                f"{row['forwards']}f {row['backwards']}b",
-                f"{row['ms_50']:,.0f} ({row['ms_20']:,.0f}–{row['ms_80']:,.0f})",
-                f"{row['images_per_s']:,.4g}",
-                *(f"{row['times'][label]:.2f}" if label in row["times"] else "-" for label in baselines),
-                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
-                f"{row['kernels']:,}",
-                f"{row['peak_share']:.0%}",
-                f"{max(errors):.0e}" if errors else "-",
-                f"{steps[0]}–{steps[-1]}" if len(steps) > 1 else "".join(map(str, steps)) or "-",
-            )
+            table.add_row(*(cell(row) for cell in cells.values()))
         console.print(table)
+    if not wide:
+        console.print("a terminal of 140 columns shows quantiles, kernels and compared steps too", highlight=False)
     peaks = ", ".join(f"{precision} {peak:.3g}" for precision, peak in result["peak_tflops"].items())
     console.print(
         "ms and kernels: of a step of all clients, the round's time over its steps; of peak: operations of the frozen "

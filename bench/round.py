@@ -24,7 +24,7 @@ from fastdlp.bench.image_forms import image_forms, image_references
 from fastdlp.bench.kernels import peak_flops
 from fastdlp.bench.launches import count
 from fastdlp.bench.machine import machine, peft_versions
-from fastdlp.bench.problem import CLASSES, LR, Problem, make_problem
+from fastdlp.bench.problem import CLASSES, LR, TEMPLATE, Problem, make_problem
 from fastdlp.bench.round_check import TOLERANCE, compare
 from fastdlp.bench.round_form import BASELINES, Form
 from fastdlp.bench.runner import Losses, Runner
@@ -50,6 +50,7 @@ class Setting:
     backends: tuple[str, ...] = ("torch",)
     with_peft: bool = True
     only: tuple[str, ...] = ()
+    template: str = TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
     """
     versions = {"torch": torch.__version__, **(peft_versions() if setting.with_peft else {})}
     tell("weights and images")
-    problem = make_problem(setting.model, setting.batch, setting.clients, setting.steps)
+    problem = make_problem(setting.model, setting.batch, setting.clients, setting.steps, template=setting.template)
     if setting.encoder == "text":
         forms = text_forms(problem, setting.backends, setting.with_peft)
     else:
@@ -127,7 +128,8 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
             _time(m, setting.device)
     tell("the peak")
     peaks = {p: peak_flops(DTYPES[p], setting.device, PEAK_MS) for p in dict.fromkeys(m.precision for m in made)}
-    samples = "images" if setting.encoder == "image" else f"images, {CLASSES} prompts"
+    longest = int(problem.clip.text_stem.pooled(problem.ids).max()) + 1
+    samples = "images" if setting.encoder == "image" else f"images, {CLASSES} prompts of up to {longest} tokens"
     return {
         "what": f"one federated round, {setting.model}, {setting.encoder} encoder, "
         f"{_many(setting.clients, 'client')} × {_many(setting.steps, 'batch', 'es')} × {setting.batch} {samples}, "
@@ -135,6 +137,8 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
         "command": " ".join(["fastdlp", *sys.argv[1:]]),
         "on_cpu": setting.device.type == "cpu",
         "encoder": setting.encoder,
+        "template": setting.template,
+        "longest_prompt": longest,
         "clients": setting.clients,
         "steps": setting.steps,
         "batch_size": setting.batch,

@@ -54,7 +54,7 @@ BASELINES = {
         Baseline("PEFT", "peft"),
         Baseline("PEFT fp32", "peft", "fp32"),
         Baseline("strongest", "strongest"),
-        Baseline("paper's way fp32", "paper", "fp32"),
+        Baseline("paper fp32", "paper", "fp32"),
     ),
     "FLoRA": (Baseline("full", "full"), Baseline("full fp32", "full", "fp32")),
     "FEDDLP, text": (Baseline("uncached", "uncached"), Baseline("uncached fp32", "uncached", "fp32")),

@@ -50,6 +50,9 @@ def round_(
             show_default="all",
         ),
     ] = None,
+    template: Annotated[
+        str, typer.Option("--template", help="Of the class prompts, with one {} for the name.")
+    ] = "a photo of a {}.",
     without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave out what needs PEFT.")] = False,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw images a second to this PNG.")] = None,
@@ -64,6 +67,8 @@ def round_(
     from fastdlp.device import DTYPES, pick_backend, pick_device
     from fastdlp.files import write_atomic
 
+    if template.count("{}") != 1:
+        raise FastdlpError(f"--template {template!r} needs exactly one {{}} for the class name")
     precisions = precision or list(DTYPES)
     _known("--precision", precisions, DTYPES)
     _known("--encoder", [encoder], KEYS)
@@ -84,6 +89,7 @@ def round_(
         tuple(dict.fromkeys(backends)),
         not without_peft and encoder == "image",  # no form of the text encoder needs it
         tuple(only or ()),
+        template,
     )
     with console.err.status("preparing") as status:
         result = bench_round(setting, status.update)

@@ -62,7 +62,7 @@ def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
     assert rows["fastdlp", "fp32"]["compared_with"] == "PEFT"
     assert "pair of forwards" in rows["fastdlp pre-update", "fp32"]["compared_with"]
     assert rows["PEFT", "fp32"]["times"]["PEFT"] == 1.0
-    assert set(rows["fastdlp", "bf16"]["times"]) == {"PEFT", "PEFT fp32", "strongest", "paper's way fp32"}
+    assert set(rows["fastdlp", "bf16"]["times"]) == {"PEFT", "PEFT fp32", "strongest", "paper fp32"}
     assert set(rows["fastdlp flora, text", "bf16"]["times"]) == {"full", "full fp32"}
 
 
