@@ -86,7 +86,7 @@ WRONG = {
     # what is changed: which form it is, and the first step at which its losses must be refused
     "a loss": ("peft", "step 1"),
     "the step of one adapter left out": ("strongest", "step 2"),
-    "the same in bf16": ("strongest", "step 3"),
+    "the same in bf16": ("strongest", "step"),
     "text features of other prompts": ("paper", "step 1"),
     "no average": ("paper", "step 3"),
     "adapters left by the client before": ("fastdlp", "step 1"),
