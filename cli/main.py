@@ -30,16 +30,9 @@ app = typer.Typer(
     help="Fine-tune CLIP federatedly: FEDDLP (arXiv 2503.07552) and the systems it is compared with.",
 )
 
-
-@app.callback()
-def _processes(context: typer.Context) -> None:
-    if context.invoked_subcommand != "train":
-        refuse_several()
-
-
 data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are dealt to clients.")
 
-PATIENCE = 10  # seconds
+PATIENCE = 10  # seconds that torchrun's other processes leave to the first one to say what is wrong
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 
@@ -52,6 +45,12 @@ in under a minute on two cores. The paper's setting, with OpenAI's weights:
 
 A run leaves a folder with its config, the partition, a line of metrics a round, every client's adapters and a summary.
 Ctrl-C stops it after the running round; --resume goes on to the same bits."""
+
+
+@app.callback()
+def _before_every_command(context: typer.Context) -> None:
+    if context.invoked_subcommand != "train":
+        refuse_several()
 
 
 @app.command(help=TRAIN_HELP)

@@ -191,7 +191,7 @@ def dual_lora_recomputing(
 class DualLoRAFunction(torch.autograd.Function):
     """`dual_lora` in the torch form, with the backward of the module's docstring.
 
-    Saves x as it came (or what an activation makes it from), the norm's two figures a row, P, φ's argument, and the
+    Saves x as it came (or what an activation makes it from), the norm's two figures a row, P, what φ keeps, and the
     adapters. What a norm or an activation gives is made again: a pass over memory, where a product would be dear.
     """
 

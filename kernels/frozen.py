@@ -47,6 +47,8 @@ def by_onednn(x: Tensor) -> bool:
 
 def _layout(weight: Tensor, direction: int) -> Tensor:
     """The weight in oneDNN's blocked layout: direction 0 for x Wᵀ, 1 for dY W."""
+    if weight.is_inference():  # nobody counts what is written to it
+        return weight if direction == 0 else weight.T
     kept = _blocked.get(weight)
     if kept is None or kept[0] != weight._version:
         kept = _blocked[weight] = [weight._version, None, None]

@@ -74,6 +74,15 @@ def test_a_weight_that_is_written_to_is_laid_out_again() -> None:
     assert torch.allclose(frozen_linear_backward(x[:, :3], weight), x[:, :3] @ weight, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_weight_of_inference_mode_keeps_no_layout() -> None:
+    x, weight = torch.randn(5, 7), torch.randn(3, 7)
+    for _ in range(2):
+        assert torch.allclose(frozen_linear(x, weight), x @ weight.T, atol=1e-5)
+        assert torch.allclose(frozen_linear_backward(x[:, :3], weight), x[:, :3] @ weight, atol=1e-5)
+        weight.mul_(2)
+
+
 def test_the_layout_goes_with_its_weight() -> None:
     before = len(frozen._blocked)
     weight = torch.randn(3, 7)
