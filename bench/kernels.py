@@ -17,7 +17,6 @@ No form is timed before its outputs and gradients agreed with fp64 on the same o
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from fastdlp.bench import forms
 from fastdlp.bench.forms import Case, Form, Operands
 from fastdlp.bench.machine import machine
 from fastdlp.bench.timing import Times, measure
-from fastdlp.device import DTYPES
+from fastdlp.device import DTYPES, free_memory
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import frozen_linear
@@ -141,14 +140,6 @@ def versions() -> dict[str, str]:
     """Of python and of those of torch, triton and peft that are installed."""
     found = {name: __import__(name).__version__ for name in ("torch", "triton", "peft") if _installed(name)}
     return found | {"python": platform.python_version()}
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU; on a CPU all of its memory, because what caches hold there can be had."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def make_forms(o: Operands, dtype: str) -> Iterator[Form]:

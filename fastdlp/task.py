@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from fastdlp.bank import Adapters
 from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.tables import device_table
 from fastdlp.objective import Outputs
 from fastdlp.plan import Inputs, Shape
 from fastdlp.resident import FROZEN_BATCH, PixelSource, TokenSource, stage
@@ -112,9 +112,9 @@ class ImageTask:
         ]
 
 
-@cache
+@device_table
 def _places(groups: RowGroups, samples: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Between samples padded to [n, S] and rows sorted by group. Kept for good: a CUDA graph reads it by address.
+    """Between samples padded to [n, S] and rows sorted by group.
 
     Returns:
         [rows] the place among the n · S of every row, and per view the row of every place, [n, S]; padding points at

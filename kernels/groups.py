@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fastdlp.kernels.tables import RECENT, device_table
 
 Run = tuple[int, int, int, int, int]
 
@@ -56,7 +58,7 @@ class RowGroups:
         return RowGroups(tuple(n * self.views for n in self.sizes))
 
 
-@cache
+@lru_cache(RECENT)
 def _runs(groups: RowGroups) -> tuple[Run, ...]:
     runs: list[Run] = []
     row = slot = 0
@@ -84,20 +86,16 @@ class Chunks:
     count: int
 
 
-@cache
+@device_table
 def row_group(groups: RowGroups, device: torch.device) -> Tensor:
     """[M] int32, the group of every row."""
     sizes = torch.tensor(groups.sizes, dtype=torch.int64).repeat_interleave(groups.views)
     return torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device)
 
 
-@cache
+@device_table
 def chunks(groups: RowGroups, block: int, per: int, device: torch.device) -> Chunks:
-    """Cut `groups` into chunks of `block` rows; `per` groups are one owner in `bounds`.
-
-    Made at the first call with a split and kept for good, because a captured CUDA graph reads them by address. That
-    first call copies from the host, so it has to come before the capture, as a warm-up.
-    """
+    """Cut `groups` into chunks of `block` rows; `per` groups are one owner in `bounds`."""
     rows: list[tuple[int, int, int]] = []
     bounds = [0]
     for number, (_, _, first, end) in enumerate(groups.groups()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
 
+from fastdlp.kernels import tables
 from fastdlp.kernels.groups import RowGroups, chunks, row_group
 from tests.awkward import GROUPS
 
@@ -94,3 +97,43 @@ def test_times_stretches_every_group() -> None:
 def test_refuses_what_is_no_split(sizes: tuple[int, ...], views: int) -> None:
     with pytest.raises(ValueError, match="sizes are 0 or more, views 1 or more"):
         RowGroups(sizes, views)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every table that was made; two are kept."""
+    monkeypatch.setattr(tables, "RECENT", 2)
+    return []
+
+
+def counted_tables(made: list[int]) -> tables.Callable[[int], torch.Tensor]:
+    @tables.device_table
+    def table(rows: int) -> torch.Tensor:
+        made.append(rows)
+        return torch.arange(rows)
+
+    return table
+
+
+def test_tables_are_kept_within_bounds(made: list[int]) -> None:
+    table = counted_tables(made)
+    first = weakref.ref(table(1))
+    table(1)
+    table(2)
+    assert made == [1, 2]
+    table(3)
+    gc.collect()
+    assert first() is None
+
+
+def test_a_table_that_a_graph_reads_stays(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    table = counted_tables(made)
+    before = table(1).data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert table(1).data_ptr() == before
+    monkeypatch.undo()
+    for rows in range(2, 9):
+        table(rows)
+    assert table(1).data_ptr() == before
+    assert made == list(range(1, 9))
