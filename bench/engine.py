@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdlp.bank import AdapterBank
 from fastdlp.bench.problem import ALPHA, CHECKED, LR, Problem
+from fastdlp.bench.products import FrozenProducts
 from fastdlp.bench.runner import Losses
 from fastdlp.build_task import moved_stem
 from fastdlp.config import TrainConfig
@@ -62,6 +63,14 @@ class EngineRounds:
 
     def step(self) -> RoundLosses:
         return self.engine.train_round(1)
+
+    def products(self, forwards: int, backwards: int) -> FrozenProducts:
+        """The frozen products of a step of all clients, over the very weights that the step has."""
+        task, problem = self.task, self.problem
+        assert isinstance(task, ImageTask | TextTask)
+        positions = task.prompts[0].tokens[0] if isinstance(task, TextTask) else problem.clip.image_stem.positions
+        rows = task.rows(problem.batch) * problem.clients
+        return FrozenProducts(task.tower, rows, len(positions), forwards, backwards)
 
     def _slots(self, steps: range) -> tuple[Slot, ...]:
         """Clients that hold these batches."""
@@ -150,13 +159,6 @@ def _moved(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
     if key not in _towers:
         _towers[key] = tower, tower.to(device, dtype)  # the tower is held, so its id stays its own
     return _towers[key][1]
-
-
-def fastdlp_engine(
-    problem: Problem, precision: str, teacher: str, device: torch.device, backend: str = "torch"
-) -> Engine:
-    """The engine of FEDDLP in the image tower, for one client or many; see `make_problem`."""
-    return image_rounds(problem, precision, device, backend, teacher=teacher).engine
 
 
 def initial_bank(

@@ -81,7 +81,7 @@ def bench_launches(model: str, clients: int, with_peft: bool = True) -> dict[str
     peft_flag = [] if with_peft else ["--without-peft"]
     return {
         "command": " ".join(["fastdlp bench launches", f"--model {model}", f"--clients {clients}", *peft_flag]),
-        "what": f"launches of one FEDDLP step, {model}, image encoder, {clients} clients, bf16",
+        "what": f"launches of one FEDDLP step, {model}, image encoder, {clients} client{'s' * (clients > 1)}, bf16",
         "rows": rows,
         "commit": machine(cpu)["commit"],
         "versions": versions,

@@ -34,6 +34,7 @@ def _round_cells(baselines: list[str], wide: bool, memory: bool) -> dict[str, Ca
         "peak\nGB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
         "kernels": lambda row: f"{row['kernels']:,}",
         "of\npeak": lambda row: f"{row['peak_share']:.0%}",
+        "÷ frozen": lambda row: "-" if row["times_products"] is None else f"{row['times_products']:.2f}",
         "loss\nerror": _error,
         "steps": lambda row: f"1–{len(row['compared_steps'])}" if row["compared_steps"] else "-",
     }
@@ -71,7 +72,8 @@ def print_round(result: dict[str, Any], console: Console) -> None:
     peaks = ", ".join(f"{precision} {peak:.3g}" for precision, peak in result["peak_tflops"].items())
     console.print(
         "ms and kernels: of a step of all clients, the round's time over its steps; of peak: operations of the frozen "
-        f"products that the algorithm needs, over the measured peak (TFLOP/s: {peaks}); loss error: the largest, "
+        f"products that the algorithm needs, over the measured peak (TFLOP/s: {peaks}); ÷ frozen: the step over those "
+        "products alone, timed behind each of its rounds; loss error: the largest, "
         "of the steps of every client that were compared before anything was timed, relative to the loss's largest",
         highlight=False,
     )

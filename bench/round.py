@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdlp.bench.engine import EngineRounds
 from fastdlp.bench.image_forms import image_forms, image_references
 from fastdlp.bench.kernels import peak_flops
 from fastdlp.bench.launches import count
 from fastdlp.bench.machine import machine, peft_versions
 from fastdlp.bench.problem import CLASSES, LR, TEMPLATE, Problem, make_problem
+from fastdlp.bench.products import FrozenProducts
 from fastdlp.bench.round_check import TOLERANCE, compare
 from fastdlp.bench.round_form import BASELINES, Form
 from fastdlp.bench.runner import Losses, Runner
@@ -73,6 +75,8 @@ class Row:
     kernels: int
     flop: int
     peak_share: float
+    ms_products: float | None  # of the step's frozen products alone, the median; of fastdlp's forms
+    times_products: float | None  # the step's time over theirs
     compared_with: str  # "itself" for the form that the others are compared with
     compared_steps: list[int]
     loss_errors: dict[str, list[float]]  # by loss and step, the worst client's; see round_check
@@ -90,8 +94,10 @@ class _Made:
     errors: dict[str, np.ndarray]  # by loss, [steps, clients]; see round_check
     own_bytes: int
     peak_bytes: int
+    products: FrozenProducts | None = None
     kernels: int = 0
     seconds: list[float] = field(default_factory=list)
+    products_seconds: list[float] = field(default_factory=list)
 
 
 def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -176,20 +182,32 @@ def _checked(
             m.compared_with, right = expected[form.losses]
             m.errors = compare(f"{form.name} in {precision}", precision, losses, m.compared_with, right)
             m.compared_steps = len(next(iter(right.values())))
+        if form.backend is not None and isinstance(runner, EngineRounds):
+            m.products = runner.products(form.forwards, form.backwards)
         made.append(m)
     return made
 
 
 def _time(made: _Made, device: torch.device) -> None:
-    """One round. One goes before, so that no form pays for the memory and caches that the form before it left."""
+    """One round, and one step of its products. One goes before each: nobody pays for what another left in caches."""
     made.runner.round()
     before = _start_of_memory(device)
-    start = time.perf_counter()
-    made.runner.round()
+    made.seconds.append(_seconds(made.runner.round, device))
+    made.peak_bytes = max(made.peak_bytes, made.own_bytes + _memory(device, before)[1])
+    if made.products is not None:
+        made.products.step()
+        made.products_seconds.append(_seconds(made.products.step, device))
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Until the device is done with it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    made.seconds.append(time.perf_counter() - start)
-    made.peak_bytes = max(made.peak_bytes, made.own_bytes + _memory(device, before)[1])
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _start_of_memory(device: torch.device) -> int:
@@ -212,6 +230,7 @@ def _row(made: _Made, all_made: Sequence[_Made], setting: Setting, peak: float) 
     form, a_step = made.form, [seconds / setting.steps for seconds in made.seconds]
     low, *_, high = statistics.quantiles(a_step, n=5, method="inclusive")
     middle = statistics.median(a_step)
+    products = statistics.median(made.products_seconds) if made.products_seconds else None
     times = {}
     for baseline in BASELINES[form.group]:
         for other in all_made:
@@ -234,6 +253,8 @@ def _row(made: _Made, all_made: Sequence[_Made], setting: Setting, peak: float) 
         made.kernels,
         form.flop,
         form.flop / middle / peak,
+        None if products is None else products * 1e3,
+        None if products is None else middle / products,
         made.compared_with,
         list(range(1, made.compared_steps + 1)),
         {name: errors.max(axis=1).tolist() for name, errors in made.errors.items()},

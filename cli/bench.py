@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
+from fastdlp.files import write_atomic
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, beside PEFT in the same run.")
 
@@ -65,7 +66,6 @@ def round_(
     from fastdlp.bench.round_plot import draw_round
     from fastdlp.cli import console
     from fastdlp.device import DTYPES, pick_backend, pick_device
-    from fastdlp.files import write_atomic
 
     if template.count("{}") != 1:
         raise FastdlpError(f"--template {template!r} needs exactly one {{}} for the class name")
@@ -93,14 +93,9 @@ def round_(
     )
     with console.err.status("preparing") as status:
         result = bench_round(setting, status.update)
-    if output is not None:
-        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    _deliver(_json(result), output, as_json, lambda: print_round(result, console.out))
     if plot is not None:
         write_atomic(plot, draw_round(result))
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_round(result, console.out)
 
 
 @bench_app.command()
@@ -116,13 +111,10 @@ def launches(
     """Count the kernels that one FEDDLP step launches, in every form. Needs no GPU."""
     from fastdlp.bench.launches import bench_launches, markdown
     from fastdlp.cli import console
-    from fastdlp.files import write_atomic
 
     with console.err.status("counting"):
         result = bench_launches(model, clients, not without_peft)
-    if output is not None:
-        write_atomic(output, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1) if as_json else markdown(result["rows"]), end="\n" if as_json else "")
+    _deliver(_json(result), output, as_json, lambda: print(markdown(result["rows"]), end=""))
 
 
 @bench_app.command()
@@ -155,7 +147,6 @@ def kernels(
     from fastdlp.bench.report import print_kernels
     from fastdlp.cli import console
     from fastdlp.device import DTYPES, pick_device
-    from fastdlp.files import write_atomic
 
     on = pick_device(device)
     gpu = on.type == "cuda"
@@ -175,12 +166,7 @@ def kernels(
             on,
             status.update,
         )
-    if output is not None:
-        write_atomic(output, json.dumps(result, indent=1) + "\n")
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_kernels(result, console.out)
+    _deliver(_json(result), output, as_json, lambda: print_kernels(result, console.out))
 
 
 @bench_app.command()
@@ -201,7 +187,6 @@ def tune(
     from fastdlp.bench.tune import tune as measure_table
     from fastdlp.cli import console
     from fastdlp.device import DTYPES, pick_device
-    from fastdlp.files import write_atomic
 
     precisions = dtype or ["bf16", "fp32"]
     _known("--dtype", precisions, DTYPES)
@@ -229,20 +214,14 @@ def compile_kernels(
     """
     from fastdlp.bench.compile import SHARED_LIMIT, bench_compile, failures, print_compile, to_json, to_markdown
     from fastdlp.cli import console
-    from fastdlp.files import write_atomic
 
     archs = arch or list(SHARED_LIMIT)
     _known("--arch", archs, SHARED_LIMIT)
     with console.err.status("preparing") as status:
         result = bench_compile(archs, small, status.update)
-    if output is not None:
-        write_atomic(output, to_json(result))
+    _deliver(to_json(result), output, as_json, lambda: print_compile(result, console.out))
     if markdown is not None:
         write_atomic(markdown, to_markdown(result))
-    if as_json:
-        print(to_json(result), end="")
-    else:
-        print_compile(result, console.out)
     if failed := failures(result):
         console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
@@ -258,14 +237,11 @@ def demonstration(
     from fastdlp.bench.demonstration import demonstrate, markdown
     from fastdlp.bench.machine import machine
     from fastdlp.cli import console
-    from fastdlp.files import write_atomic
 
     with console.err.status("preparing") as status:
         rows = demonstrate(status.update)
-    if output is not None:
-        facts = {"command": "fastdlp bench demonstration", **machine(torch.device("cpu")), "torch": torch.__version__}
-        write_atomic(output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(markdown(rows), end="")
+    facts = {"command": "fastdlp bench demonstration", **machine(torch.device("cpu")), "torch": torch.__version__}
+    _deliver(_json({**facts, "rows": rows}), output, False, lambda: print(markdown(rows), end=""))
 
 
 @bench_app.command()
@@ -288,21 +264,12 @@ def sweep(
     """A sweep on digits beside its members as runs of their own: how much faster, and whether they are the same."""
     from fastdlp.bench.sweep import bench_sweep, markdown
     from fastdlp.cli import console
-    from fastdlp.files import write_atomic
     from fastdlp.sweep import Grid
 
     grid = Grid(tuple(lr or (3e-4, 1e-3, 3e-3, 1e-2)), tuple(alpha or (0.1, 1.0)), tuple(seed or (0, 1, 42)))
     with console.err.status("preparing") as status:
         result = bench_sweep(TrainConfig(method=method, rounds=rounds, device=device), grid, status.update)
-    if output is not None:
-        write_atomic(output, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1) if as_json else markdown(result), end="\n" if as_json else "")
-
-
-def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise FastdlpError(f"unknown {option} {name!r}: choose from {', '.join(known)}")
+    _deliver(_json(result), output, as_json, lambda: print(markdown(result), end=""))
 
 
 @bench_app.command()
@@ -346,7 +313,6 @@ def growth(
     from fastdlp.cli import console
     from fastdlp.config import EMBEDDED_MODEL
     from fastdlp.device import DTYPES, pick_device
-    from fastdlp.files import write_atomic
 
     on = pick_device(device)
     gpu = on.type == "cuda"
@@ -365,11 +331,28 @@ def growth(
             rank or RANKS,
             backend,
         )
-    if output is not None:
-        write_atomic(output, json.dumps(result, indent=1) + "\n")
+    _deliver(_json(result), output, as_json, lambda: print_growth(result, console.out))
     if plot is not None:
         write_atomic(plot, growth_figure(result))
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_growth(result, console.out)
+
+
+def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise FastdlpError(f"unknown {option} {name!r}: choose from {', '.join(known)}")
+
+
+def _json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1) + "\n"
+
+
+def _deliver(text: str, output: Path | None, as_json: bool, show: Callable[[], None]) -> None:
+    """Write the JSON to the file that was asked for, and print it or show what it says: also where the disk refuses."""
+    try:
+        if output is not None:
+            write_atomic(output, text)
+    finally:
+        if as_json:
+            print(text, end="")
+        else:
+            show()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from fastdlp.bench import engine, flops, full_baseline, paper_baseline, peft_baseline, round, strongest_baseline, turns
+from fastdlp import tower
+from fastdlp.bench import (
+    engine,
+    flops,
+    full_baseline,
+    paper_baseline,
+    peft_baseline,
+    products,
+    round,
+    strongest_baseline,
+    turns,
+)
 from fastdlp.bench.problem import Problem, make_problem
 from fastdlp.errors import FastdlpError
+from fastdlp.kernels import dual_lora
 from tests.conftest import CLI
 from tests.models import tiny_clip
 
@@ -47,6 +60,10 @@ def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
     both += ["fastdlp", "fastdlp pre-update", "fastdlp flora, image", "fastdlp flora, text"]
     assert set(rows) == {(name, p) for name in both for p in ("fp32", "bf16")} | {("PEFT, autocast", "bf16")}
     for (name, precision), row in rows.items():
+        if name.startswith("fastdlp"):
+            assert row["times_products"] == pytest.approx(row["ms_50"] / row["ms_products"])
+        else:
+            assert row["times_products"] is None
         assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
         assert row["images_per_s"] == pytest.approx(2 * 4 / row["ms_50"] * 1e3)
         assert row["kernels"] > 100
@@ -140,7 +157,9 @@ def test_text_rows(setting: round.Setting) -> None:
     assert rows["uncached", "fp32"]["compared_with"] == "itself"
     for key in (("uncached", "bf16"), ("fastdlp", "fp32"), ("fastdlp", "bf16")):
         assert rows[key]["compared_steps"] == [1, 2, 3]
-    assert rows["fastdlp", "fp32"]["times"]["uncached"] > 1
+    plain, ours = rows["uncached", "fp32"], rows["fastdlp", "fp32"]
+    assert ours["times"]["uncached"] == pytest.approx(plain["ms_50"] / ours["ms_50"])
+    assert ours["kernels"] < plain["kernels"]  # which runs the image tower in each of three forwards
 
 
 def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +179,35 @@ def test_operations_of_the_frozen_products(problem: Problem) -> None:
     assert flops.image_step(problem, 3, 0) == 3 * 2 * 4 * forward
 
 
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_products_alone_are_those_of_a_step(problem: Problem, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each frozen weight meets as many rows in as many calls as in the step itself, in either direction."""
+    calls: Counter[tuple[Any, ...]] = Counter()
+
+    def count(name: str, *modules: Any) -> None:
+        plain = getattr(modules[0], name)
+
+        def counting(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
+            calls[name, weight.data_ptr(), tuple(weight.shape), len(x)] += 1
+            return plain(x, weight, *bias)
+
+        for module in modules:
+            monkeypatch.setattr(module, name, counting)
+
+    rounds = {"image": engine.image_rounds, "text": engine.text_rounds}[encoder](problem, "fp32", CPU)
+    alone = rounds.products(3, 2)
+    count("frozen_linear", dual_lora, tower, products)
+    count("frozen_linear_backward", dual_lora, products)
+    rounds.engine.slots = rounds._slots(range(1))
+    rounds.step()
+    in_a_step = Counter(calls)
+    calls.clear()
+    alone.step()
+    assert calls == in_a_step
+    steps = {"image": flops.image_step, "text": flops.text_step}[encoder]
+    assert alone.flop == steps(problem, 3, 2) == sum(2 * r * o * i * n for (_, _, (o, i), r), n in calls.items())
+
+
 def test_files_are_written(model: str, cli: CLI, tmp_path: Path) -> None:
     output, plot = tmp_path / "round.json", tmp_path / "round.png"
     command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 2, "--clients", 2, "--steps", 2]
@@ -172,6 +220,14 @@ def test_files_are_written(model: str, cli: CLI, tmp_path: Path) -> None:
     assert result["command"].startswith("fastdlp bench round --model")
     assert {"device", "threads", "commit", "versions", "tolerance", "peak_tflops"} <= set(result)
     assert len(result["rows"]) == 8
+
+
+def test_a_file_that_cannot_be_written_loses_no_result(model: str, cli: CLI, tmp_path: Path) -> None:
+    command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 2, "--device", "cpu"]
+    code, out, err = cli(*command, "--only", "flora", "--precision", "fp32", "--json", "--output", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot write" in err
+    assert json.loads(out)["rows"]
 
 
 def test_nothing_left_is_told(model: str, cli: CLI) -> None:

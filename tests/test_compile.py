@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastdlp.bench import cases, compile
-from fastdlp.bench.engine import fastdlp_engine
+from fastdlp.bench.engine import image_rounds
 from fastdlp.bench.problem import make_problem
 from fastdlp.kernels import tiles
 from fastdlp.kernels.launch import Launch, recording
@@ -158,7 +158,7 @@ def test_the_cases_hold_what_an_engine_launches(tmp_path: Path) -> None:
         listed = {launch_flags(launch) for _, launch in cases.launches_of(small=False)}
         problem = make_problem(tiny_clip(tmp_path / "model", quick_gelu=True), 2, clients=2)
         for teacher in ("fresh", "pre-update"):
-            engine = fastdlp_engine(problem, "fp32", teacher, torch.device("cpu"), "triton")
+            engine = image_rounds(problem, "fp32", torch.device("cpu"), "triton", teacher=teacher).engine
             with recording(dry=True) as launches:
                 engine.train_round(1)
             launched = {launch_flags(launch) for launch in launches}
