@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bank import AdapterBank
-from fastdlp.bench.problem import ALPHA, CHECKED, LR, Problem
+from fastdlp.bench.problem import ALPHA, CHECKED, Problem
 from fastdlp.bench.products import FrozenProducts
 from fastdlp.bench.runner import Losses
 from fastdlp.build_task import moved_stem
@@ -81,13 +81,13 @@ class EngineRounds:
 
     def _engine(self, bank: AdapterBank, steps: range, train_gates: bool) -> Engine:
         """An engine whose round is these batches of every client."""
-        clients, device, batch = self.problem.clients, bank.device, self.problem.batch
+        clients, device, batch, lr = self.problem.clients, bank.device, self.problem.batch, self.problem.lr
 
         def everywhere(value: float) -> Tensor:
             return torch.full((clients,), value, device=device)
 
-        gate_lr, xi = (LR, XI) if train_gates else (0.0, 0.0)
-        hyper = Hyperparameters(everywhere(LR), everywhere(gate_lr), everywhere(xi), everywhere(ALPHA))
+        gate_lr, xi = (lr, XI) if train_gates else (0.0, 0.0)
+        hyper = Hyperparameters(everywhere(lr), everywhere(gate_lr), everywhere(xi), everywhere(ALPHA))
         schedule = Schedule(batch, 1, self.task.rows(batch) * clients, padded=self.graph)
         runner = partial(CudaGraphs, device=device) if self.graph else None
         labels = self.problem.labels.flatten().numpy()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.bench.problem import LR, Problem
+from fastdlp.bench.problem import Problem
 from fastdlp.bench.runner import Losses
 from fastdlp.bench.turns import stacked
 from fastdlp.device import DTYPES
@@ -49,7 +49,9 @@ class FullRounds:
     def _epoch(self, client: int, steps: range) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self.parameters], self.server)
-        optimiser = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, foreach=True)  # a GPU's default
+        optimiser = torch.optim.AdamW(
+            self.parameters, lr=self.problem.lr, weight_decay=0.0, foreach=True
+        )  # a GPU's default
         return [self._train(optimiser, self.pixels[client, step], self.labels[client, step]) for step in steps]
 
     def _train(self, optimiser: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:

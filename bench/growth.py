@@ -239,7 +239,7 @@ def _engine(
     def everywhere(value: float) -> Tensor:
         return torch.full((clients,), value, device=device)
 
-    hyper = Hyperparameters(everywhere(LR), everywhere(LR), everywhere(5e-5), everywhere(ALPHA))
+    hyper = Hyperparameters(everywhere(LR["fp32"]), everywhere(LR["fp32"]), everywhere(5e-5), everywhere(ALPHA))
     ends = accumulate(setting.sizes)
     slots = [
         Slot(np.arange(end - size, end) % POOL, np.arange(0), 0, client, 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdlp.bench.engine import feddlp, initial_bank
 from fastdlp.bench.hugging_face import hugging_face_tower
-from fastdlp.bench.problem import ALPHA, LR, Problem
+from fastdlp.bench.problem import ALPHA, Problem
 from fastdlp.bench.turns import TurnsRounds
 from fastdlp.device import DTYPES
 from fastdlp.export.peft_format import LINEARS
@@ -64,7 +64,7 @@ class PeftRounds(TurnsRounds):
         self.model = model
         self.adapters = {adapter: self._parameters(adapter, bank.named(adapter, 0)) for adapter in bank.lora}
         self.optimisers = {
-            adapter: torch.optim.AdamW(list(parameters.values()), lr=LR, weight_decay=0.0, **options)
+            adapter: torch.optim.AdamW(list(parameters.values()), lr=problem.lr, weight_decay=0.0, **options)
             for adapter, parameters in self.adapters.items()
         }
         starts = []

@@ -13,8 +13,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
     ]
     if not chosen:
         raise FastdlpError("no form is left: --only, --precision and --without-peft exclude them all")
-    made = _checked(problem, chosen, setting, tell)
+    with _fp32_convolutions():
+        made = _checked(problem, chosen, setting, tell)
     for m in made:
         tell(f"{m.form.name}, {m.precision}: kernels")
         small = problem.small(1 if m.form.in_turn else problem.clients)
@@ -161,31 +163,41 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
 def _checked(
     problem: Problem, chosen: Sequence[tuple[Form, str]], setting: Setting, tell: Callable[[str], None]
 ) -> list[_Made]:
-    """Every form set up, the losses of its first steps compared."""
-    others = (text_references if setting.encoder == "text" else image_references)(
-        problem, setting.device, setting.with_peft
-    )
-    expected: dict[str, tuple[str, Losses]] = {}
+    """Every form set up, the losses of its first steps compared with those in fp32 at the same learning rate."""
+    references = text_references if setting.encoder == "text" else image_references
+    expected: dict[tuple[str, str], tuple[str, Losses]] = {}  # by losses and the precision that is compared with them
     made = []
     for form, precision in chosen:
         tell(f"{form.name}, {precision}: first losses")
         before = _start_of_memory(setting.device)
-        runner = form.make(problem, precision, setting.device)
+        posed = replace(problem, lr=LR[precision])
+        runner = form.make(posed, precision, setting.device)
         m = _Made(form, precision, runner, "itself", 0, {}, *_memory(setting.device, before))
         losses = runner.first_steps()
         if form.is_reference and precision == "fp32":
-            expected[form.losses] = form.name, losses
+            expected[form.losses, precision] = form.name, losses
         else:
-            if form.losses not in expected:
-                name, first_steps = others[form.losses]
-                expected[form.losses] = name, first_steps()
-            m.compared_with, right = expected[form.losses]
+            if (form.losses, precision) not in expected:
+                name, first_steps = references(posed, setting.device, setting.with_peft)[form.losses]
+                expected[form.losses, precision] = name, first_steps()
+            m.compared_with, right = expected[form.losses, precision]
             m.errors = compare(f"{form.name} in {precision}", precision, losses, m.compared_with, right)
             m.compared_steps = len(next(iter(right.values())))
         if form.backend is not None and isinstance(runner, EngineRounds):
             m.products = runner.products(form.forwards, form.backwards)
         made.append(m)
     return made
+
+
+@contextmanager
+def _fp32_convolutions() -> Iterator[None]:
+    """cuDNN takes TF32 for fp32 convolutions by itself, and transformers' patch embedding is one: no reference."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _time(made: _Made, device: torch.device) -> None:

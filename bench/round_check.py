@@ -7,11 +7,11 @@ import numpy as np
 from fastdlp.bench.runner import Losses
 from fastdlp.errors import FastdlpError
 
-# Of each loss of each client and step, by what its name begins with, relative to the loss's largest. Divergences are
-# between nearly even predictions: in fp32 their gradients are 1e-4 off against fp64, in PEFT as in fastdlp, and Adam
-# makes steps of full length even of entries that are all rounding. Measured with ViT-B/32, relative to the loss itself:
-# up to 4e-5 and 8e-4 in fp32, 1e-2 and 3e-1 in bf16; 7e-2 and 2 without updates.
-TOLERANCE = {"fp32": {"ce": 1e-3, "kd": 1e-2}, "bf16": {"ce": 3e-2, "kd": 3e-1}}
+# Of each loss of each client and step, by what its name begins with, relative to the loss's largest. Right forms of
+# ViT-B/32 were found 4e-5 and 3e-4 off in fp32, 7e-3 and 1e-1 in bf16, at the learning rates of `problem.LR`. An update
+# left out makes 7e-4 to 6e-3 and 3e-2 to 4e-2 in fp32; in bf16 2e-3 to 2e-2 and 1e-1 to 2e-1, which rounding comes too
+# close to: there the steps behind the first show gross errors alone.
+TOLERANCE = {"fp32": {"ce": 3e-4, "kd": 3e-3}, "bf16": {"ce": 3e-2, "kd": 3e-1}}
 COMPARED = ("ce_local", "kd_local", "ce_global")
 
 

@@ -91,6 +91,19 @@ def test_kernels_of_clients_in_turn_are_those_of_all(setting: round.Setting) -> 
     assert two[1]["kernels"] < 1.1 * one[1]["kernels"]
 
 
+def test_references_are_not_in_tf32(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = [], turns.TurnsRounds.first_steps
+
+    def first_steps(self: turns.TurnsRounds) -> Any:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return plain(self)
+
+    monkeypatch.setattr(turns.TurnsRounds, "first_steps", first_steps)
+    measured(setting, precisions=("fp32",), only=("peft", "fastdlp"))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_without_peft_the_first_form_is_the_reference(setting: round.Setting) -> None:
     result = measured(setting, precisions=("fp32",), with_peft=False)
     rows = {row["key"]: row for row in result["rows"]}
@@ -135,7 +148,8 @@ def test_a_wrong_form_is_refused(what: str, setting: round.Setting, monkeypatch:
     elif what == "adapters left by the client before":
         monkeypatch.setattr(turns, "_copy", lambda live, held: None)
     elif what == "another learning rate":
-        monkeypatch.setattr(engine, "LR", 1.5 * engine.LR)
+        settings = engine.Hyperparameters
+        monkeypatch.setattr(engine, "Hyperparameters", lambda lr, *others: settings(1.5 * lr, *others))
     else:
         monkeypatch.setattr(full_baseline.FullRounds, "_epoch", _scaled(full_baseline.FullRounds._epoch))
     with pytest.raises(FastdlpError, match="does not compute the losses of") as refusal:
