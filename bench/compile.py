@@ -1,16 +1,18 @@
-"""Every kernel in every checked-in configuration, compiled without a GPU: registers, stack, shared memory, tensor code.
+"""Every kernel in every checked-in configuration, compiled without a GPU: registers, memory, tensor code, main loop.
 
 What is launched comes from `cases.py`; each launch is compiled as Triton's JIT would specialise it: a None and the
 integer 1 are constants, and addresses and integers divisible by 16 say so. Launches of the same code are compiled once.
 
 A row fails when it has a stack or touches local memory (its registers did not suffice), asks for more shared memory
-than a block may have, or multiplies large tiles of 16 bits without the tensor instruction of its architecture.
+than a block may have, multiplies large tiles of 16 bits without the tensor instruction of its architecture or waits for
+each of them, or when ptxas warns that it serialises wgmma (C75xx).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -19,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from fastdlp.bench.cases import launches_of
 from fastdlp.bench.machine import machine
+from fastdlp.bench.sass import COUNTED, count_main_loop
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.backend import interpreted
@@ -48,8 +51,10 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-FIGURES = ("registers", "stack", "local", "spill_stores", "spill_loads", "shared")
-BY = ("kernel", "arch", "dtype", "constexprs", "num_warps", "num_stages")  # what makes a row of the result
+TENSOR = ("hgmma", "hmma", "waits", "drains")  # of the main loop; they mean something only together
+FIGURES = ("registers", "stack", "local", "spill_stores", "spill_loads", "shared", "loop")
+FIGURES += tuple(name for name in COUNTED if name not in TENSOR)
+BY = ("kernel", "arch", "dtype", "tile")  # what makes a row of the result
 WIDTH = 132  # of the table on the screen: narrower, its figures would be cut
 ALIGNED = 16  # what Triton's JIT looks for in addresses (bytes) and integers
 
@@ -80,14 +85,24 @@ class Job:
         """Of the large operands, the smallest float type among the pointers; tf32 is how fp32 is multiplied."""
         if self.constexprs.get("PRECISION") == "tf32":
             return "tf32"
-        pointers = {kind.removeprefix("*") for _, kind in self.signature}
-        return next(name for name in ("bf16", "fp16", "fp32") if name in pointers)
+        types = {word for _, kind in self.signature for word in re.findall(r"\w+", kind)}
+        return next(name for name in ("bf16", "fp16", "fp32") if name in types)
 
     @property
-    def integers(self) -> str:
-        """How its integers are specialised: `K:16` is divisible by 16, `K=1` a constant."""
+    def tile(self) -> str:
+        """`M128 N256 K64 w8 s3`; blocks that follow from the rank are left out."""
+        blocks = {name.removeprefix("BLOCK"): size for name, size in self.constexprs.items() if "BLOCK" in name}
+        sizes = [
+            f"{name[1:]}{size}" for name, size in blocks.items() if name not in ("_R", "_L", "_P", "_POISON", "_SHARES")
+        ]
+        return " ".join([*sizes, f"w{self.warps}", f"s{self.stages}"])
+
+    @property
+    def specialisation(self) -> str:
+        """What it is besides its tile. `K:16` is divisible by 16, `K=1` a constant, as is a flag by its name alone."""
         ones = {name for name, value in self.constants if name not in self.constexprs and value is not None}
-        found = []
+        flags = {name: value for name, value in self.constexprs.items() if isinstance(value, str) or value is True}
+        found = [name if value is True else f"{name}={value}" for name, value in flags.items()]
         for position, (name, kind) in enumerate(self.signature):
             if kind in ("i32", "i64"):
                 found.append(name + (":16" if position in self.aligned else ""))
@@ -115,18 +130,20 @@ def bench_compile(archs: Sequence[str], small: bool, tell: Callable[[str], None]
     jobs, dead = list_jobs(archs, small)
     rows: list[dict[str, Any]] = []
     for (job, case), figures in zip(jobs.items(), _compiled(jobs, tell)):
-        row = {
-            "kernel": job.kernel,
-            "arch": job.arch,
-            "dtype": job.dtype,
-            "case": case,
-            "constexprs": job.constexprs,
-            "num_warps": job.warps,
-            "num_stages": job.stages,
-            "compiled": 1,
-            **figures,
-        }
-        rows.append(row | {"faults": [f"{fault} ({job.integers})" for fault in faults(row)]})
+        found = faults(job, figures)
+        del figures["warnings"]  # which are among the faults
+        rows.append(
+            {
+                "kernel": job.kernel,
+                "arch": job.arch,
+                "dtype": job.dtype,
+                "tile": job.tile,
+                "case": f"{case} ({job.specialisation})",
+                "compiled": 1,
+                **figures,
+                "faults": found,
+            }
+        )
     command = ["fastdlp bench compile", *(f"--arch {arch}" for arch in archs), *(["--small"] if small else [])]
     return {
         "what": "every kernel in every configuration of tiles.json, compiled without a GPU",
@@ -165,39 +182,52 @@ def _noting_rows() -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
-def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled row; the limits of the module's docstring."""
-    found = []
-    if row["stack"] or row["local"]:
+def faults(job: Job, figures: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel; the limits of the module's docstring."""
+    found = [f"ptxas {warning}" for warning in figures["warnings"]]
+    if figures["stack"] or figures["local"]:
         found.append(
-            f"registers do not suffice: {row['stack'] + row['local']} bytes of stack and local memory, "
-            f"{row['spill_stores']} stored, {row['spill_loads']} loaded"
+            f"registers do not suffice: {figures['stack'] + figures['local']} bytes of stack and local memory, "
+            f"{figures['spill_stores']} stored, {figures['spill_loads']} loaded"
         )
-    if row["shared"] > SHARED_LIMIT[row["arch"]]:
-        found.append(f"{row['shared']} bytes of shared memory, {SHARED_LIMIT[row['arch']]} are allowed")
-    operand, expected = HALF.get(row["dtype"]), TENSOR_CODE[row["arch"]]
-    if operand and row["kernel"] == "product_kernel" and row["constexprs"]["BLOCK_M"] >= 64:
-        code = row["mma"].split(", ")
-        if not all(name.startswith(expected) and name.endswith(f".{operand}") for name in code):
-            found.append(f"tensor code {row['mma']}, expected {expected} of {operand}")
+    if figures["shared"] > SHARED_LIMIT[job.arch]:
+        found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[job.arch]} are allowed")
+    operand, expected = HALF.get(job.dtype), TENSOR_CODE[job.arch]
+    if operand and job.kernel.startswith("product"):
+        code = figures["mma"].split(", ")
+        right = all(name.startswith(expected) and name.endswith(f".{operand}") for name in code)
+        if job.constexprs["BLOCK_M"] >= 64 and not right:
+            found.append(f"tensor code {figures['mma']}, expected {expected} of {operand}")
+        hgmma, waits = figures["hgmma"], figures["waits"]
+        # A loop with one HGMMA needs one wait an iteration. That wait is for the iteration before, and the tensor cores
+        # stay busy, as long as it leaves the newest HGMMA in flight.
+        if hgmma and (figures["drains"] if hgmma == waits == 1 else waits >= hgmma):
+            found.append(f"{waits} waits for {hgmma} HGMMA in the main loop: they run one after another")
     return found
 
 
 def merged(rows: Iterable[dict[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for all that agree in `by`: the largest figures, all tensor code and all faults."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """One row for all that agree in `by`: the largest figures, all tensor code and all faults.
+
+    The case is the first with a fault, and the tensor instructions are of the loop with the most waits for each.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row[name] for name in by]), []).append(row)
-    return [
-        group[0]
-        | {name: max(row[name] for row in group) for name in FIGURES}
-        | {
-            "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")})),
-            "faults": sorted({fault for row in group for fault in row["faults"]}),
-            "compiled": sum(row["compiled"] for row in group),
-        }
-        for group in groups.values()
-    ]
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    found = []
+    for group in groups.values():
+        serial = max(group, key=lambda row: (row["waits"] / max(row["hgmma"], 1), row["hmma"]))
+        found.append(
+            next((row for row in group if row["faults"]), group[0])
+            | {name: max(row[name] for row in group) for name in FIGURES}
+            | {name: serial[name] for name in TENSOR}
+            | {
+                "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")})),
+                "faults": sorted({fault for row in group for fault in row["faults"]}),
+                "compiled": sum(row["compiled"] for row in group),
+            }
+        )
+    return found
 
 
 def specialised(launch: Launch, arch: str) -> Job:
@@ -217,6 +247,8 @@ def specialised(launch: Launch, arch: str) -> Job:
             signature.append((name, "constexpr"))
         elif isinstance(value, float):
             signature.append((name, "fp32"))
+        elif hasattr(value, "block_shape"):  # Triton's TensorDescriptor, whose alignment is a condition of its own
+            signature.append((name, f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"))
         else:
             if isinstance(value, Tensor):
                 kind, divided = "*" + TYPES[value.dtype], value.storage_offset() * value.element_size()
@@ -244,9 +276,9 @@ def compile_job(job: Job) -> dict[str, Any]:
 
     Returns:
         registers, stack and local bytes a thread; bytes that the spills' instructions store and load, each counted
-        once; shared bytes a block; the tensor instructions of its PTX, "-" where there are none.
+        once; shared bytes a block; the tensor instructions of its PTX, "-" where there are none; what `count_main_loop`
+        counts; ptxas' warnings of performance.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -255,17 +287,15 @@ def compile_job(job: Job) -> dict[str, Any]:
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     try:
-        built = triton.compile(source, target=GPUTarget("cuda", int(job.arch), 32), options=options)
+        built, log, assembly = _build(source, GPUTarget("cuda", int(job.arch), 32), options)
     except Exception as error:
         raise RuntimeError(f"does not compile: {job}") from error
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(built.asm["cubin"])
-        usage = _cuobjdump("-res-usage", file.name)
-        found = re.search(rf"Function {job.kernel}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-        if found is None:
-            raise RuntimeError(f"cuobjdump says nothing of {job.kernel}: {usage}")
-        registers, stack, local = map(int, found.groups())
-        assembly = _cuobjdump("-sass", file.name) if stack or local else ""
+    usage = _cuobjdump("-res-usage", built)
+    found = re.search(rf"Function {job.kernel}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assembly = assembly.partition(f"Function : {job.kernel}\n")[2].partition("Function :")[0]
+    if found is None or not assembly:
+        raise RuntimeError(f"cuobjdump says nothing of {job.kernel}: {usage}")
+    registers, stack, local = map(int, found.groups())
     return {
         "registers": registers,
         "stack": stack,
@@ -274,14 +304,48 @@ def compile_job(job: Job) -> dict[str, Any]:
         "spill_loads": bytes_moved("LDL", assembly),
         "shared": built.metadata.shared,
         "mma": ", ".join(tensor_instructions(built.asm["ptx"])) or "-",
+        **count_main_loop(assembly),
+        "warnings": performance_warnings(log),
     }
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def _build(source: Any, target: Any, options: dict[str, Any]) -> tuple[Any, str, str]:
+    """The kernel as Triton compiles it, the log of its ptxas, and its SASS.
+
+    Triton prints the log when it runs ptxas, which it does not for what is in its cache; so the log is kept there too,
+    and the SASS, which takes half as long as the compilation.
+    """
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    log = io.StringIO()
+    with redirect_stdout(log), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(source, target=target, options=options)
+        cache = get_cache_manager(built.hash)
+        if not log.getvalue() and cache.get_file("ptxas.log") is None:  # compiled by someone who did not keep the log
+            triton.knobs.compilation.always_compile = True
+            built = triton.compile(source, target=target, options=options)
+    if log.getvalue():
+        cache.put(log.getvalue(), "ptxas.log", binary=False)
+    if cache.get_file("sass") is None:
+        cache.put(re.sub(r" +/\* 0x[0-9a-f]{16} \*/\n?", "", _cuobjdump("-sass", built)), "sass", binary=False)
+    return built, *(Path(cache.get_file(name)).read_text() for name in ("ptxas.log", "sass"))
+
+
+def performance_warnings(log: str) -> list[str]:
+    """Of ptxas' log, the warnings C75xx: `C7515: ... wgmma.mma_async instructions are serialized due to ...`."""
+    found = re.findall(r"\((C75\d\d)\) (.+?)(?: in the function .*)?$", log, re.MULTILINE)
+    return sorted({f"{code}: {text}" for code, text in found})
+
+
+def _cuobjdump(option: str, built: Any) -> str:
     import triton
 
-    command = [triton.knobs.nvidia.cuobjdump.path, option, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(built.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def bytes_moved(instruction: str, assembly: str) -> int:
@@ -313,55 +377,96 @@ def to_json(result: dict[str, Any]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The worst of every kernel, architecture, dtype and tile, as text by column."""
-    tiled = ({**row, "tile": _tile(row)} for row in rows)
+    """Rows of a result as text by column."""
     return [
         {
             "kernel": row["kernel"].removesuffix("_kernel"),
             "sm": row["arch"],
             "dtype": row["dtype"],
             "tile": row["tile"],
-            "compiled": str(row["compiled"]),
+            "n": str(row["compiled"]),
             "regs": str(row["registers"]),
             "stack": str(row["stack"] + row["local"]),
-            "spills": str(row["spill_stores"] + row["spill_loads"]),
             "shared": f"{row['shared']:,}",
+            "mma": f"{row['hgmma']}/{row['waits']}" if row["hgmma"] else str(row["hmma"]),
+            "bar": f"{row['barriers']}+{row['syncs']}" if row["syncs"] else str(row["barriers"]),
+            "shfl": str(row["shuffles"]),
+            "loads": f"{row['ldg']}+{row['cp_async'] + row['tma']}" + "*" * (not row["loop"]),
             "tensor code": row["mma"],
         }
-        for row in merged(tiled, ("kernel", "arch", "dtype", "tile"))
+        for row in rows
     ]
 
 
-def _tile(row: dict[str, Any]) -> str:
-    """`M128 N256 K64 w8 s3`; blocks that follow from the rank are left out."""
-    blocks = {name.removeprefix("BLOCK"): size for name, size in row["constexprs"].items() if name.startswith("BLOCK")}
-    sizes = [f"{name[1:]}{size}" for name, size in blocks.items() if name not in ("_R", "_L", "_SHARES")]
-    return " ".join([*sizes, f"w{row['num_warps']}", f"s{row['num_stages']}"])
+def compared(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What differs between two results, as `before → after`: the worst of every kernel, then every tile."""
+    found = []
+    for by in (BY[:-1], BY):
+        old, new = _by_key(before, by), _by_key(after, by)
+        for key in sorted(old.keys() | new.keys()):
+            was, now = old.get(key), new.get(key)
+            if was != now:
+                missing = dict.fromkeys(was or now or {}, "-")
+                pairs = zip((was or missing).items(), (now or missing).values())
+                names = dict(zip(("kernel", "sm", "dtype", "tile"), (*key, "all")))
+                found.append({column: a if a == b else f"{a} → {b}" for (column, a), b in pairs} | names)
+    return found
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """The summary as a document."""
-    lines = summary(result["rows"])
-    table = [[*lines[0]], ["---"] * len(lines[0]), *([*line.values()] for line in lines)]
-    return f"{_caption(result)}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+def _by_key(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """The summary's lines of rows merged by `by`, without what says nothing of a kernel's speed."""
+    lines = {}
+    for row in merged(rows, by):
+        line = summary([row | {"tile": "all"}])[0]
+        lines[tuple(row[name] for name in by)] = {k: v for k, v in line.items() if k not in ("n", "tensor code")}
+    return lines
 
 
-def print_compile(result: dict[str, Any], console: Console) -> None:
-    """The summary as a table on the screen."""
-    lines = summary(result["rows"])
-    table = Table(title=result["what"], title_justify="left", title_style="bold", box=box.SIMPLE, width=WIDTH)
-    for column, text in lines[0].items():
-        table.add_column(column, justify="right" if text.replace(",", "").isdecimal() else "left")
-    for line in lines:
-        table.add_row(*line.values(), style=None if line["stack"] == "0" else "red")
-    console.print(table, crop=False)
+def to_markdown(result: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """The summary as a document, with the comparison where there is something to compare with."""
+    text = f"{_caption(result)}\n\n{_markdown(summary(result['rows']))}"
+    if before is not None:
+        text += f"\n{_title(before)}\n\n{_markdown(compared(before['rows'], result['rows']))}"
+    return text
+
+
+def _markdown(lines: Sequence[dict[str, str]]) -> str:
+    table = [[*lines[0]], ["---"] * len(lines[0]), *([*line.values()] for line in lines)] if lines else []
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def print_compile(result: dict[str, Any], before: dict[str, Any] | None, console: Console) -> None:
+    """The summary as a table on the screen, and the comparison as another."""
+    styles = ["red" if row["faults"] else "" for row in result["rows"]]
+    _print(result["what"], summary(result["rows"]), styles, console)
+    if before is not None:
+        lines = compared(before["rows"], result["rows"])
+        _print(_title(before), lines, [""] * len(lines), console)
     console.print(_caption(result), highlight=False)
+
+
+def _print(title: str, lines: Sequence[dict[str, str]], styles: Sequence[str], console: Console) -> None:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, width=WIDTH, padding=(0, 1, 0, 0)
+    )
+    for column in lines[0] if lines else ():
+        table.add_column(column, justify="left" if column in ("kernel", "dtype", "tile", "tensor code") else "right")
+    for line, style in zip(lines, styles):
+        table.add_row(*line.values(), style=style)
+    console.print(table, crop=False)
+
+
+def _title(before: dict[str, Any]) -> str:
+    return (
+        f"What differs from commit {before['commit']}, Triton {before['triton']}: the worst of a kernel, and its tiles"
+    )
 
 
 def _caption(result: dict[str, Any]) -> str:
     compiled = sum(row["compiled"] for row in result["rows"])
     return (
         f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: {compiled:,} kernels compiled, "
-        "none run. A line shows the worst of those compiled for its tile (w: warps, s: stages): registers a thread; "
-        "bytes of stack a thread, of spills' stores and loads, and of shared memory a block."
+        "none run. A line shows the worst of the n compiled for its tile (w: warps, s: stages): registers and bytes of "
+        "stack a thread, bytes of shared memory a block. An iteration of the main loop: HGMMA/waits for them, or HMMA; "
+        "barriers + waits for TMA; shuffles; plain loads + asynchronous ones (* no loop: the whole kernel)."
     )
