@@ -9,9 +9,9 @@ which are never clipped but thresholded after the step. For row i of the gradien
     p ← T_ξ(p)                                                    gates only
 
 Two forms, one signature: `adamw_reference` is the arithmetic of `torch.optim.AdamW` and
-`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_fused` is one launch for weights and gates,
-with clipping a launch before it for the norms; one tiny torch operation more counts the step. What was declined:
-counting the step in the launch that reads the count (its programs run in no order), and a norm from atomics.
+`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_fused` is one launch for weights and gates
+and a tiny one before it that counts the steps and makes the bias corrections, in fp64; clipping takes another for the
+norms. What was declined: counting in the launch that steps (its programs run in no order), and a norm from atomics.
 
 Nothing here knows of clients or branches.
 """
@@ -22,9 +22,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from fastdlp.kernels.launch import launch
-from fastdlp.kernels.tiles import tile_for
 
 
 @dataclass(frozen=True)
@@ -117,60 +114,10 @@ def adamw_fused(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: 
     Raises:
         ValueError: a threshold, a shape or a memory layout that the kernels do not take.
     """
-    from fastdlp.kernels import _adamw as jit
+    from fastdlp.kernels.adamw_triton import launch_adamw
 
     _check(weights, gates, slots, steps, xi, settings)
-    steps.scatter_(0, slots, 1, reduce="add")
-    n, D = weights.grads.shape
-    Q = gates.grads.shape[1]
-    shares = _row_norms(weights.grads) if settings.clip_norm > 0 else None
-    count = 0 if shares is None else shares.shape[1]
-    tile = tile_for("adamw", weights.params.device, 4)
-    launch(
-        jit.adamw_kernel,
-        (_tiles(D, tile["BLOCK"]) + _tiles(Q, tile["BLOCK"]), n),
-        weights.params,
-        weights.m,
-        weights.v,
-        weights.grads,
-        gates.params,
-        gates.m,
-        gates.v,
-        gates.grads,
-        slots,
-        steps,
-        weights.lr,
-        gates.lr,
-        xi,
-        shares,
-        D,
-        Q,
-        count,
-        float(settings.clip_norm),  # Triton takes an operand's type from Python's
-        float(settings.weight_decay),
-        float(settings.eps),
-        BETA1=settings.betas[0],
-        BETA2=settings.betas[1],
-        CLIP=shares is not None,
-        THRESHOLD=settings.threshold,
-        BLOCK_SHARES=1 << max(count - 1, 0).bit_length(),  # the next power of two: what tl.arange takes
-        **tile.launch,
-    )
-
-
-def _row_norms(grads: Tensor) -> Tensor:
-    """Σ g² of every chunk of every row: grads [n, D] → [n, chunks]."""
-    from fastdlp.kernels import _adamw as jit
-
-    n, D = grads.shape
-    tile = tile_for("row_norms", grads.device, 4)
-    shares = grads.new_empty(n, _tiles(D, tile.chunk))
-    launch(jit.row_norms_kernel, (shares.shape[1], n), grads, shares, D, CHUNK=tile.chunk, **tile.launch)
-    return shares
-
-
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)
+    launch_adamw(weights, gates, slots, steps, xi, settings)
 
 
 def _check(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:

@@ -211,10 +211,14 @@ def test_what_is_not_a_number_stays_so(settings: str, value: float) -> None:
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize(
-    ("settings", "kernels"), [("plain", ["adamw_kernel"]), ("clip", ["row_norms_kernel", "adamw_kernel"])]
+    ("settings", "kernels"),
+    [
+        ("plain", ["count_steps_kernel", "adamw_kernel"]),
+        ("clip", ["count_steps_kernel", "row_norms_kernel", "adamw_kernel"]),
+    ],
 )
 def test_launches(settings: str, kernels: list[str], arch: str) -> None:
-    """One launch, two with clipping; listed without a GPU."""
+    """Two launches, three with clipping; listed without a GPU."""
     meta = torch.device("meta")
     bank = Bank.of(1000, 3, meta)
     grads = torch.empty(2, 1000, device=meta), torch.empty(2, 3, device=meta)

@@ -1,6 +1,6 @@
-"""The jit code of the fused AdamW. `adamw.py` launches it, and has its reference and its arguments.
+"""The fused AdamW: its jit code and its launcher. `adamw.py` has the reference, the arguments and their checks.
 
-Conventions of both kernels:
+Conventions of the kernels:
 
 - everything is fp32 but the bias corrections; axis 0 of a grid runs over tiles of a row, axis 1 over the n active rows,
   and row i belongs to slot `slots[i]`;
@@ -13,6 +13,116 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastdlp.kernels.adamw import Settings, Stack
+from fastdlp.kernels.launch import launch
+from fastdlp.kernels.tiles import tile_for
+
+FACTORS = 3  # of a row: step sizes of weights and gates with their bias correction, and √(1 − β₂ᵗ)
+
+
+def launch_adamw(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """`adamw_fused` on arguments that were checked."""
+    n, D = weights.grads.shape
+    Q = gates.grads.shape[1]
+    beta1, beta2 = settings.betas
+    factors = weights.grads.new_empty(n, FACTORS)
+    launch(
+        count_steps_kernel,
+        (n,),
+        slots,
+        steps,
+        weights.lr,
+        gates.lr,
+        factors,
+        BETA1=beta1,
+        BETA2=beta2,
+        FACTORS=FACTORS,
+        num_warps=1,
+        num_stages=1,
+    )
+    shares = _row_norms(weights.grads) if settings.clip_norm > 0 else None
+    count = 0 if shares is None else shares.shape[1]
+    tile = tile_for("adamw", weights.params.device, 4)
+    launch(
+        adamw_kernel,
+        (_tiles(D, tile["BLOCK"]) + _tiles(Q, tile["BLOCK"]), n),
+        weights.params,
+        weights.m,
+        weights.v,
+        weights.grads,
+        gates.params,
+        gates.m,
+        gates.v,
+        gates.grads,
+        slots,
+        factors,
+        weights.lr,
+        gates.lr,
+        xi,
+        shares,
+        D,
+        Q,
+        count,
+        float(settings.clip_norm),  # Triton takes an operand's type from Python's
+        float(settings.weight_decay),
+        float(settings.eps),
+        BETA1=beta1,
+        BETA2=beta2,
+        CLIP=shares is not None,
+        THRESHOLD=settings.threshold,
+        FACTORS=FACTORS,
+        BLOCK_SHARES=1 << max(count - 1, 0).bit_length(),  # the next power of two: what tl.arange takes
+        **tile.launch,
+    )
+
+
+def _row_norms(grads: Tensor) -> Tensor:
+    """Σ g² of every chunk of every row: grads [n, D] → [n, chunks]."""
+    n, D = grads.shape
+    tile = tile_for("row_norms", grads.device, 4)
+    shares = grads.new_empty(n, _tiles(D, tile.chunk))
+    launch(row_norms_kernel, (shares.shape[1], n), grads, shares, D, CHUNK=tile.chunk, **tile.launch)
+    return shares
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+@triton.jit
+def count_steps_kernel(
+    slot_ptr,
+    step_ptr,
+    lr_ptr,
+    gate_lr_ptr,
+    factor_ptr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """Count the rows' steps and write their factors [n, FACTORS]. Grid (n).
+
+    Reads 24 bytes a row and writes 20. One warp, so that the thread that stores a count is one that has read it.
+    """
+    row = tl.program_id(0)
+    slot = tl.load(slot_ptr + row)
+    t = tl.load(step_ptr + slot) + 1
+    tl.store(step_ptr + slot, t)
+    # In fp64, as in the reference: 1 - 0.999^t loses half its digits in fp32 at small t.
+    correction = 1 - _power(BETA1, t.to(tl.float64))
+    lr, gate_lr = tl.load(lr_ptr + slot).to(tl.float64), tl.load(gate_lr_ptr + slot).to(tl.float64)
+    factor_ptrs = factor_ptr + row * FACTORS
+    tl.store(factor_ptrs, (lr / correction).to(tl.float32))
+    tl.store(factor_ptrs + 1, (gate_lr / correction).to(tl.float32))
+    tl.store(factor_ptrs + 2, tl.sqrt(1 - _power(BETA2, t.to(tl.float64))).to(tl.float32))
+
+
+@triton.jit
+def _power(BASE: tl.constexpr, t):
+    """BASE^t in fp64."""
+    return tl.exp(t * tl.log(tl.full((), BASE, tl.float64)))
 
 
 @triton.jit
@@ -41,7 +151,7 @@ def adamw_kernel(
     gate_v_ptr,
     gate_grad_ptr,
     slot_ptr,
-    step_ptr,
+    factor_ptr,
     lr_ptr,
     gate_lr_ptr,
     xi_ptr,
@@ -56,18 +166,20 @@ def adamw_kernel(
     BETA2: tl.constexpr,
     CLIP: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    FACTORS: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One step of the rows' weights and gates, in place. Grid (tiles of D + tiles of Q, n).
 
-    `steps` counts the step that is being made. Reads parameter, both moments and gradient and writes the first three:
+    Reads parameter, both moments and gradient and writes the first three:
     28 bytes an entry, and ~15 FLOP, 3 more for a gate. With CLIP a program also reads its row's `shares`, 4 bytes each,
     from L2, once a tile: 16,384 entries a share make that 164 bytes beside 28,672 for D = 668,672 and a BLOCK of 1024.
     """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + row).to(tl.int64)
-    t = tl.load(step_ptr + slot).to(tl.float64)
+    factor_ptrs = factor_ptr + row * FACTORS
+    root_correction = tl.load(factor_ptrs + 2)
     tiles = tl.cdiv(D, BLOCK)
     if tile < tiles:
         scale = 1.0
@@ -76,7 +188,7 @@ def adamw_kernel(
             squares = tl.sum(tl.load(share_ptr + row * shares + s, mask=s < shares, other=0.0))
             scale = tl.div_rn(max_norm, tl.sqrt_rn(squares) + 1e-6)
             scale = tl.minimum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        lr = tl.load(lr_ptr + slot)
+        lr, step_size = tl.load(lr_ptr + slot), tl.load(factor_ptrs)
         _step(
             weight_ptr,
             weight_m_ptr,
@@ -86,8 +198,9 @@ def adamw_kernel(
             slot,
             tile,
             D,
-            t,
             lr,
+            step_size,
+            root_correction,
             scale,
             0.0,
             weight_decay,
@@ -98,7 +211,7 @@ def adamw_kernel(
             BLOCK,
         )
     else:
-        lr, xi = tl.load(gate_lr_ptr + slot), tl.load(xi_ptr + slot)
+        lr, step_size, xi = tl.load(gate_lr_ptr + slot), tl.load(factor_ptrs + 1), tl.load(xi_ptr + slot)
         _step(
             gate_ptr,
             gate_m_ptr,
@@ -108,8 +221,9 @@ def adamw_kernel(
             slot,
             tile - tiles,
             Q,
-            t,
             lr,
+            step_size,
+            root_correction,
             1.0,
             xi,
             weight_decay,
@@ -131,8 +245,9 @@ def _step(
     slot,
     tile,
     size,
-    t,
     lr,
+    step_size,
+    root_correction,
     scale,
     xi,
     weight_decay,
@@ -152,20 +267,11 @@ def _step(
     p = tl.load(param_ptr + of_slot, mask=here, other=0.0)
     m += (g - m) * (1 - BETA1)
     v = v * BETA2 + g * g * (1 - BETA2)
-    # In fp64, as in the reference: 1 - 0.999^t loses half its digits in fp32 at small t.
-    step_size = (lr.to(tl.float64) / (1 - _power(BETA1, t))).to(tl.float32)
-    root_correction = tl.sqrt(1 - _power(BETA2, t)).to(tl.float32)
     p *= 1 - lr * weight_decay
     p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root_correction) + eps)
     tl.store(m_ptr + of_slot, m, mask=here)
     tl.store(v_ptr + of_slot, v, mask=here)
     tl.store(param_ptr + of_slot, _thresholded(p, xi, THRESHOLD), mask=here)
-
-
-@triton.jit
-def _power(BASE: tl.constexpr, t):
-    """BASE^t in fp64."""
-    return tl.exp(t * tl.log(tl.full((), BASE, tl.float64)))
 
 
 @triton.jit
