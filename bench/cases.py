@@ -1,8 +1,8 @@
-"""Which kernels CLIP's towers launch: the launchers run on tensors without content, and nothing is computed.
+"""Which kernels CLIP's towers launch: whole towers run on tensors without content, and nothing is computed.
 
-Nothing here describes a kernel. Every adapted linear of a tower goes through the operator's forward and backward, with
-adapters from a bank, on torch's device "meta", and every branch of that bank through the optimiser; `recording` lists
-what would be launched.
+Nothing here describes a kernel. A tower of two blocks (one over all tokens, and the last one, which computes the pooled
+token alone) goes forward and backward with adapters from a bank, on torch's device "meta", then the bank's branches
+through the optimizer, and one linear through the public operator; `recording` lists what would be launched.
 """
 
 from __future__ import annotations
@@ -14,41 +14,32 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank, Adapters, View
+from fastdlp.bank import AdapterBank, View
 from fastdlp.kernels.adamw import THRESHOLDS
+from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import Launch, recording
 from fastdlp.optimiser import Hyperparameters, update
-from fastdlp.sites import Branch, Site, TowerShape, tower_sites
+from fastdlp.sites import Branch, TowerShape, tower_sites
+from fastdlp.tower import Block, Tower
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A CLIP tower as its linears see it: tokens a sample, and sizes."""
+class Model:
+    """A CLIP tower by its sizes: tokens a sample, heads, and whether a token sees only those before it."""
 
     name: str
     tokens: int
+    heads: int
+    causal: bool
     shape: TowerShape
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One adapted linear: parts first..end of a site, over `tokens` rows a sample, and what is fused into it."""
-
-    site: int  # its number in the tower
-    tokens: int
-    first: int = 0
-    end: int = 1
-    norm: bool = False
-    activation: str = "none"
-    residual: bool = False
-    bias: bool = True
-
-
-TOWERS = (
-    Tower("ViT-B/32 image", 50, TowerShape(12, 768, 3072, 512)),
-    Tower("ViT-B/32 text", 77, TowerShape(12, 512, 2048, 512)),
-    Tower("ViT-L/14 image", 257, TowerShape(24, 1024, 4096, 768)),
+MODELS = (
+    Model("ViT-B/32 image", 50, 12, False, TowerShape(2, 768, 3072, 512)),
+    Model("ViT-B/32 text", 77, 8, True, TowerShape(2, 512, 2048, 512)),
+    Model("ViT-B/32 text, cut", 20, 8, True, TowerShape(2, 512, 2048, 512)),  # at the longest prompt
+    Model("ViT-L/14 image", 257, 16, False, TowerShape(2, 1024, 4096, 768)),
 )
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 BATCHES = {"1 client": (32,), "10 clients": (32,) * 10, "100 clients": (32,) * 100, "10 uneven": (32,) * 9 + (17,)}
@@ -63,51 +54,42 @@ def launches_of(small: bool) -> Iterator[tuple[str, Launch]]:
     """All launches of all cases, each with the name of its case, for the architecture that `assume` names.
 
     Args:
-        small: bf16 and fp32 and both views together, in batches of equal clients: what takes every tile.
+        small: bf16 and fp32, both views together and QuickGELU alone, in batches of equal clients: what takes every
+            tile.
     """
     dtypes = ("bf16", "fp32") if small else tuple(DTYPES)
-    for tower, (batch, sizes) in itertools.product(TOWERS, BATCHES.items()):
+    for model, (batch, sizes) in itertools.product(MODELS, BATCHES.items()):
         if small and len(set(sizes)) > 1:
             continue
-        bank = AdapterBank(tower_sites(tower.shape), BRANCHES, len(sizes), "meta")
-        for name, launch in _optimiser(bank):
-            yield f"{tower.name}, {batch}, {name}", launch
-        for views in VIEWS[:1] if small else VIEWS:
-            adapters = bank.adapters(torch.arange(len(sizes), device="meta"), views, grad=False)
-            for linear, dtype in itertools.product(_linears(tower), dtypes):
-                site = bank.sites[linear.site].name.rpartition(".")[2]
-                case = f"{tower.name} {site}, {batch}, {' + '.join(view[0] for view in views)}"
-                yield from ((case, launch) for launch in _operator(adapters, linear, sizes, dtype))
-    bank = AdapterBank([Site("odd", ("odd",), 100, 100)], [Branch("local", 5, gated=True)], len(AWKWARD), "meta")
-    adapters = bank.adapters(torch.arange(len(AWKWARD), device="meta"), (LOCAL,), grad=False)
-    linear = Linear(0, 1, norm=True, activation="quick_gelu", residual=True)
+        bank = AdapterBank(tower_sites(model.shape), BRANCHES, len(sizes), "meta")
+        yield from ((f"{model.name}, {batch}, {name}", launch) for name, launch in _optimizer(bank))
+        activations = ACTIVATIONS[:1] if small else ACTIVATIONS
+        for views, activation, dtype in itertools.product(VIEWS[:1] if small else VIEWS, activations, dtypes):
+            case = f"{model.name}, {batch}, {' + '.join(view[0] for view in views)}"
+            yield from ((case, launch) for launch in _passes(model, activation, bank, views, sizes, dtype))
     for dtype in dtypes:
-        yield from (("100 × 100, ragged", launch) for launch in _operator(adapters, linear, AWKWARD, dtype))
+        yield from (("100 × 100, ragged", launch) for launch in _operator(dtype))
 
 
-def _linears(tower: Tower) -> Iterator[Linear]:
-    """What a tower runs: a block over all tokens, and the last block and the projection for one token a sample."""
-    last, proj = 4 * (tower.shape.layers - 1), 4 * tower.shape.layers
-    yield Linear(0, tower.tokens, end=3, norm=True)
-    yield Linear(last, 1, norm=True)
-    yield Linear(last, tower.tokens, first=1, end=3, norm=True)
-    for block, tokens in ((0, tower.tokens), (last, 1)):
-        yield Linear(block + 1, tokens, residual=True)
-        yield from (Linear(block + 2, tokens, norm=True, activation=name) for name in ACTIVATIONS)
-        yield Linear(block + 3, tokens, residual=True)
-    yield Linear(proj, 1, norm=True, bias=False)
-
-
-def _operator(adapters: Adapters, linear: Linear, sizes: Sequence[int], dtype: str) -> list[Launch]:
+def _passes(
+    model: Model, activation: str, bank: AdapterBank, views: Sequence[View], sizes: Sequence[int], dtype: str
+) -> list[Launch]:
     """A forward with its backward, and the forward of a teacher, which keeps nothing."""
-    A, B, c = adapters.site(linear.site, slice(linear.first, linear.end))
-    groups = RowGroups(tuple(sizes), len(adapters.views)).times(linear.tokens)
+    tower, groups = _tower(model, activation, DTYPES[dtype]), RowGroups(tuple(sizes), len(views))
+    x = _empty(groups.rows, model.tokens, model.shape.width, dtype=DTYPES[dtype])
+    index = torch.empty(groups.rows, dtype=torch.int64, device="meta") if model.causal else None
+    slots = torch.arange(len(sizes), device="meta")
     with recording(dry=True) as launches:
-        for keep in (True, False):
-            _run(linear, A, B, c, groups, DTYPES[dtype], keep)
-    if dtype != "tf32":
-        return launches
-    # A launcher asks torch whether a GPU may round fp32 products to tf32, and "meta" is no GPU.
+        adapters = bank.adapters(slots, views, grad=True)
+        loss = tower.unit_features(x, groups, adapters, index).sum()
+        adapters.gradients(loss, list(adapters.leaves))
+        with torch.no_grad():
+            tower.unit_features(x, groups, bank.adapters(slots, views, grad=False), index)
+    return _in_tf32(launches) if dtype == "tf32" else launches
+
+
+def _in_tf32(launches: Sequence[Launch]) -> list[Launch]:
+    """A launcher asks torch whether a GPU may round fp32 products to tf32, and "meta" is no GPU."""
     return [
         replace(launch, options=launch.options | {"PRECISION": "tf32"})
         for launch in launches
@@ -115,23 +97,51 @@ def _operator(adapters: Adapters, linear: Linear, sizes: Sequence[int], dtype: s
     ]
 
 
-def _run(linear: Linear, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups, dtype: torch.dtype, keep: bool) -> None:
+def _tower(model: Model, activation: str, dtype: torch.dtype) -> Tower:
+    """Frozen weights without content."""
+
+    def linear(out: int, width: int, norm: bool = False, activation: str = "none", bias: bool = True) -> FrozenLinear:
+        frozen = Norm(_empty(width, dtype=dtype), _empty(width, dtype=dtype), 1e-5) if norm else None
+        return FrozenLinear(
+            _empty(out, width, dtype=dtype), _empty(out, dtype=dtype) if bias else None, frozen, activation
+        )
+
+    d, mlp = model.shape.width, model.shape.mlp
+    block = Block(
+        linear(3 * d, d, norm=True),
+        linear(d, d),
+        None,
+        linear(mlp, d, norm=True, activation=activation),
+        linear(d, mlp),
+        None,
+    )
+    ln_post = Norm(_empty(d, dtype=dtype), _empty(d, dtype=dtype), 1e-5)
+    proj = linear(model.shape.embed, d, bias=False)
+    pool = "index" if model.causal else "tok"
+    blocks = (block,) * model.shape.layers
+    return Tower(blocks, ln_post, proj, model.heads, model.causal, pool, backend="triton")
+
+
+def _operator(dtype: str) -> list[Launch]:
+    """The public operator with everything that it takes, forward and backward."""
     from fastdlp.kernels.dual_lora_ops import backward_pass, forward_pass
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    K, out = A.shape[3], B.shape[1] * B.shape[2]
-    weight, x, bias = empty(out, K), empty(groups.rows, K), empty(out) if linear.bias else None
-    norm = (empty(K), empty(K)) if linear.norm else (None, None)
-    residual = empty(groups.rows, out) if linear.residual else None
-    split = (groups.sizes, groups.views)
-    y, *kept = forward_pass(x, weight, bias, A, B, c, *split, *norm, 1e-5, linear.activation, residual, keep)
-    if keep:
-        backward_pass(y, x, *kept, weight, B, c, *split, norm[0], linear.activation, True, True)
+    slots, rows, of_x = len(AWKWARD), sum(AWKWARD), DTYPES[dtype]
+    x, weight, y = (_empty(n, 100, dtype=of_x) for n in (rows, 100, rows))
+    bias, norm_weight, norm_bias = (_empty(100, dtype=of_x) for _ in range(3))
+    A, B, c = _empty(slots, 1, 5, 100), _empty(slots, 1, 100, 5), _empty(slots, 1, 1, 5)
+    norm, split = (norm_weight, norm_bias, 1e-5), (AWKWARD, 1)
+    with recording(dry=True) as launches:
+        _, *kept = forward_pass(x, weight, bias, *norm, "quick_gelu", A, B, c, *split, y, True)
+        backward_pass(y, x, *kept, weight, *norm, "quick_gelu", A, B, c, *split, True, True)
+    return _in_tf32(launches) if dtype == "tf32" else launches
 
 
-def _optimiser(bank: AdapterBank) -> Iterator[tuple[str, Launch]]:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _optimizer(bank: AdapterBank) -> Iterator[tuple[str, Launch]]:
     """A step of every branch, with every threshold, with and without clipping."""
     slots, everywhere = torch.arange(bank.slots, device="meta"), torch.empty(bank.slots, device="meta")
     for clip_norm, threshold, (branch, state) in itertools.product((0.0, 1.0), THRESHOLDS, bank.state.items()):

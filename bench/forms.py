@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdlp.kernels.dual_lora import RowGroups, dual_lora
-from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
+from fastdlp.kernels.dual_lora import dual_lora
+from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.sites import Branch
 
 BRANCHES = (Branch("local", 4, True), Branch("global", 2, False))  # in the order of the views and of the ranks
@@ -212,7 +213,7 @@ def ours(o: Operands, name: str, backend: str) -> Form:
     leaves = {n: tensor.detach().requires_grad_() for n, tensor in leaves.items()}
 
     def forward() -> Tensor:
-        return dual_lora(weight=o.weight, bias=o.bias, groups=o.groups, backend=backend, **leaves)
+        return dual_lora(linear=FrozenLinear(o.weight, o.bias), groups=o.groups, backend=backend, **leaves)
 
     return Form(
         name,

@@ -91,6 +91,6 @@ def _blocks(tower: Tower) -> dict[str, Tensor]:
         for part, weight, bias in zip("qkv", block.qkv.weight.chunk(3), block.qkv.bias.chunk(3)):
             state |= {f"{at}{LINEARS[part]}.weight": weight, f"{at}{LINEARS[part]}.bias": bias}
         parts: dict[str, Any] = {LINEARS["out"]: block.out, LINEARS["fc1"]: block.fc1, LINEARS["fc2"]: block.fc2}
-        for name, part in (parts | {"layer_norm1": block.ln1, "layer_norm2": block.ln2}).items():
+        for name, part in (parts | {"layer_norm1": block.qkv.norm, "layer_norm2": block.fc1.norm}).items():
             state |= {f"{at}{name}.weight": part.weight, f"{at}{name}.bias": part.bias}
     return {name: torch.as_tensor(value) for name, value in state.items()}

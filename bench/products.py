@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
-from fastdlp.tower import Linear, Tower
+from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
+from fastdlp.tower import Tower
 
 
 @dataclass(frozen=True)
 class Product:
     """One linear over a number of rows; `first` has no adapter in front, so that nobody needs its dX."""
 
-    linear: Linear
+    linear: FrozenLinear
     rows: int
     first: bool
 

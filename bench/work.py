@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bench.forms import Case, Operands, make_operands
+from fastdlp.kernels.frozen import FrozenLinear, Norm
+from fastdlp.kernels.low_rank import SiteAdapters
 from fastdlp.kernels.tiles import Tile
 
 ACTIVATION = "quick_gelu"
@@ -32,84 +35,86 @@ class Work:
 def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device) -> Work:
     """The launcher of a kernel on random operands of a linear, and library products for the same.
 
-    What a tile leaves to be summed is summed in `run`: a tile of few rows makes many shares.
+    Shares are summed in `run`: a tile of few rows makes many.
     """
-    from fastdlp.kernels import dual_lora_launch as launchers
+    from fastdlp.kernels import norm as norms
+    from fastdlp.kernels import product as products
+    from fastdlp.kernels.dual_lora_ops import fold_adapters
 
     o = make_operands(case, dtype, device)
-    down, up = launchers.fold(o.A, o.B, o.c, dtype)
-    low = torch.bmm(_by(case.clients, o.x), down.mT).flatten(0, 1)
+    site = fold_adapters(o.A, o.B, o.c, dtype).site(0, case.parts)
+    low = torch.bmm(_by(case.clients, o.x), site.down.mT).flatten(0, 1)
     Q = low.flip(0)  # of the shape and size of dY B'
-    parts, columns, width = case.parts, case.parts * case.out, case.width
-    activation = ACTIVATION if kernel.endswith("activated") else "none"
+    columns, width = case.parts * case.out, case.width
     residual = o.dy if case.linear in ("out", "fc2") else None
-    slope = None if activation == "none" else o.dy.flip(0)
+    linear = FrozenLinear(o.weight, o.bias, None, ACTIVATION if kernel == "product_activated" else "none")
+    u = o.x.flip(0) if kernel == "product_backward_activated" else None
     weight, bias = (torch.randn(2, width, device=device) + 1).to(dtype).unbind()
+    norm = Norm(weight, bias, EPS)
 
     def product(tile: Tile) -> list[Tensor]:
-        y, kept = launchers.forward_product(
-            o.x, o.weight, o.bias, low, up, parts, o.groups, activation, residual, keep=True, tile=tile
-        )
+        y, kept = products.forward_product(o.x, linear, low, site, o.groups, residual, keep=True, tile=tile)
         return [y] if kept is None else [y, kept]
 
     def product_backward(tile: Tile) -> list[Tensor]:
-        return [launchers.backward_product(o.dy, o.weight, Q, down, o.groups, tile)]
-
-    def adapter_gradients(tile: Tile) -> list[Tensor]:
-        du, q, dB, dc, of_slot, of_group = launchers.adapter_gradients(o.dy, slope, low, o.B, o.c, up, o.groups, tile)
-        _, dB, dc = launchers.sum_chunks(_one_share(case.clients, dB), (dB, of_slot), (dc, of_group))
-        return [du, q, dB, dc]
-
-    def down_gradient(tile: Tile) -> list[Tensor]:
-        shares = launchers.down_gradient(o.x, Q, o.groups, tile)
-        others = [_one_share(count, shares[0]) for count in (case.clients, len(up))]
-        return [launchers.sum_chunks(shares, *others)[0]]
-
-    def norm_down(tile: Tile) -> list[Tensor]:
-        return list(launchers.norm_down_product(o.x, weight, bias, EPS, down, o.groups, tile))
+        return [products.backward_product(o.dy, o.weight, Q, site, o.groups, u, ACTIVATION, tile)]
 
     def normed() -> list[Tensor]:
         h = F.layer_norm(o.x, (width,), weight, bias, EPS)
-        return [h, _stats(o.x), torch.bmm(_by(case.clients, h), down.mT).flatten(0, 1)]
+        return [h, _stats(o.x), torch.bmm(_by(case.clients, h), site.down.mT).flatten(0, 1)]
 
     library = Tile(form="torch")
     if kernel in ("product", "product_activated"):
         return Work(columns, width, product, lambda: product(library))
-    if kernel == "product_backward":
+    if kernel in ("product_backward", "product_backward_activated"):
         return Work(width, columns, product_backward, lambda: product_backward(library))
-    if kernel in ("adapter_gradients", "adapter_gradients_activated"):
-        return Work(columns, 0, adapter_gradients, lambda: _adapter_gradients(o, slope, low, up))
-    if kernel == "down_gradient":
-        dA = torch.bmm(_by(case.clients, Q).mT.float(), _by(case.clients, o.x).float())
-        return Work(0, width, down_gradient, lambda: [dA])
+    if kernel == "adapter_gradients":
+        run = partial(_adapter_gradients, o, low)
+        return Work(columns, width, run, lambda: _gradients_by_library(o, low, site))
     if kernel == "down":
-        return Work(0, width, lambda tile: [launchers.down_product(o.x, down, o.groups, tile)], lambda: [low])
+        return Work(0, width, lambda tile: [norms.down_product(o.x, site, o.groups, tile)], lambda: [low])
     if kernel == "norm_down":
-        return Work(0, width, norm_down, normed)
+        return Work(0, width, lambda tile: list(norms.norm_down_product(o.x, norm, site, o.groups, tile)), normed)
     if kernel == "norm_backward":
         dh, stats, x = o.x.flip(0), _stats(o.x), o.x.detach().requires_grad_()
         h = F.layer_norm(x, (width,), weight, bias, EPS)
         return Work(
             0,
             width,
-            lambda tile: [launchers.norm_backward(dh, o.x, stats, weight, tile)],
-            lambda: list(torch.autograd.grad(h, x, dh)),
+            lambda tile: [norms.norm_backward(dh, o.x, stats, weight, dh, tile)],
+            lambda: [torch.autograd.grad(h, x, dh)[0] + dh],
         )
     raise ValueError(f"no work for the kernel {kernel!r}")
 
 
-def _adapter_gradients(o: Operands, slope: Tensor | None, low: Tensor, up: Tensor) -> list[Tensor]:
-    """dU, Q, dB and dc in library products."""
+def _adapter_gradients(o: Operands, low: Tensor, tile: Tile) -> list[Tensor]:
+    """Q, dA, dB and dc, the shares summed."""
+    from fastdlp.kernels.dual_lora_ops import fold_adapters, source_of
+    from fastdlp.kernels.fold import sum_shares
+    from fastdlp.kernels.gradients import Input, adapter_gradients
+
+    parts = o.A.shape[1]
+    folded = fold_adapters(o.A, o.B, o.c, o.x.dtype)
+    shares = folded.shares(folded.use(0, parts, o.groups, tile["BLOCK_M"]))
+    Q = adapter_gradients(o.dy, low, folded.site(0, parts), o.groups, Input(o.x), shares, tile)
+    dA, dB, dc = (torch.empty_like(t) for t in (o.A, o.B, o.c))
+    sum_shares(source_of(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
+    return [Q, dA, dB, dc]
+
+
+def _gradients_by_library(o: Operands, low: Tensor, site: SiteAdapters) -> list[Tensor]:
+    """The same in library products."""
     slots, parts, out, rank = o.B.shape
-    views = o.groups.views
-    du = o.dy if slope is None else o.dy * slope
-    by_group = du.float().view(slots * views, -1, parts, out)
-    P = low.float().view(slots * views, -1, parts, rank)
-    Q = torch.einsum("gmpn,gprn->gmpr", by_group, up.float().view(-1, parts, rank, out))
-    T = torch.einsum("gmpn,gmpr->gpnr", by_group, P).view(slots, views, parts, out, rank)
+    views, padded = o.groups.views, site.padded_rank
+    dy = o.dy.float().view(slots * views, -1, parts, out)
+    up = site.up.float().view(-1, parts, padded, out)
+    P = low.float().view(slots * views, -1, parts, padded)[..., :rank]
+    Q = torch.einsum("gmpn,gprn->gmpr", dy, up).reshape(slots, -1, parts, padded).to(o.x.dtype)
+    T = torch.einsum("gmpn,gmpr->gpnr", dy, P).view(slots, views, parts, out, rank)
+    dA = torch.einsum("smpr,smk->sprk", Q[..., :rank].float(), _by(slots, o.x).float())
     dB = (T * o.c[:, :, :, None]).sum(1)
     dc = (T * o.B[:, None]).sum(3)
-    return [du, Q.reshape(len(du), -1), dB, dc.flatten(0, 1)]
+    return [Q.flatten(2).flatten(0, 1), dA, dB, dc]
 
 
 def _stats(x: Tensor) -> Tensor:
@@ -121,8 +126,3 @@ def _stats(x: Tensor) -> Tensor:
 def _by(slots: int, rows: Tensor) -> Tensor:
     """[M, n] → [slots, M / slots, n]: all slots have as many rows."""
     return rows.view(slots, -1, rows.shape[1])
-
-
-def _one_share(owners: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A share of one entry for every owner: what `sum_chunks` is given in the place of a sum that is not wanted."""
-    return like.new_zeros(owners, 1), torch.arange(owners + 1, dtype=torch.int32, device=like.device)

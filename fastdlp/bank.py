@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdlp.layout import Layout, Shapes, flat, lora_layout, tensor_layout
+from fastdlp.layout import Fold, Layout, Shapes, flat, lora_fold, lora_layout, tensor_layout
 from fastdlp.sites import AnyBranch, Branch, Site, count_gates
+
+if TYPE_CHECKING:
+    from fastdlp.kernels.half_blocks import FoldedRows
 
 View = tuple[str, ...]  # the branches that one row of the batch sees
 
@@ -83,6 +88,7 @@ class AdapterBank:
         self.state: dict[str, BranchState] = {}
         self.layouts: dict[str, Layout] = {}
         self._seen: dict[tuple[str, tuple[View, ...]], Tensor] = {}
+        self._folds: dict[tuple[str, ...], Fold] = {}
         for branch in branches:
             if isinstance(branch, Branch):
                 layout = lora_layout(self.sites, branch)
@@ -104,6 +110,10 @@ class AdapterBank:
     def parameters(self, branch: str) -> int:
         """Trained entries of one slot's branch, gates included."""
         return self.layouts[branch].weights + self.layouts[branch].gates
+
+    def tensors(self) -> list[Tensor]:
+        """All that updates write, [slots, …] each."""
+        return [getattr(self.state[branch], name) for branch in self.trained for name in BranchState.FIELDS]
 
     def refresh_copies(self) -> None:
         """Take every frozen copy anew."""
@@ -164,6 +174,12 @@ class AdapterBank:
             self._seen[branch, views] = torch.tensor(scales, device=self.device)
         return self._seen[branch, views]
 
+    def fold(self, branches: tuple[str, ...]) -> Fold:
+        """How these branches are folded side by side. Made once and kept."""
+        if branches not in self._folds:
+            self._folds[branches] = lora_fold(self.sites, [self.lora[name].rank for name in branches])
+        return self._folds[branches]
+
     def named(self, branch: str, slot: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """One slot's branch (or a flat row of weights without gates) as fp32 CPU tensors by name; see `Layout`."""
         state = self.state[branch]
@@ -190,7 +206,7 @@ class Adapters:
     """The active slots' adapters of the branches that `views` name.
 
     The leaves of the autograd graph are flat rows, weights [n, D] and gates [n, Q] a branch; sites and heads see views
-    of them, so one backward of one split gathers all gradients.
+    of them, so one backward of one split gathers all gradients. The Triton form reads them folded in their place.
     """
 
     bank: AdapterBank
@@ -198,12 +214,10 @@ class Adapters:
     views: tuple[View, ...]
     grad: bool
     leaves: dict[str, tuple[Tensor, Tensor]] = field(init=False)
-    _stacked: list[tuple[Tensor, Tensor, Tensor]] = field(init=False)
+    _folded: FoldedRows | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.leaves = {name: self._rows(name) for name in dict.fromkeys(b for view in self.views for b in view)}
-        shaped = [self._shaped(name) for name in self.leaves if name in self.bank.lora]
-        self._stacked = [_stack(site) for site in zip(*shaped)]
 
     def _rows(self, name: str) -> tuple[Tensor, Tensor]:
         """The active rows as leaves of the graph: copies, since an update writes to the bank while graphs live.
@@ -214,7 +228,12 @@ class Adapters:
         if name not in self.bank.lora and self.bank.slots == 1:
             rows = (state.weights.detach(), state.gates.detach())
         else:
-            rows = (state.weights.index_select(0, self.slots), state.gates.index_select(0, self.slots))
+            gates = state.gates
+            none = gates.new_empty(len(self.slots), 0)
+            rows = (
+                state.weights.index_select(0, self.slots),
+                gates.index_select(0, self.slots) if gates.shape[1] else none,
+            )
         return rows[0].requires_grad_(self.grad), rows[1].requires_grad_(self.grad)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -229,11 +248,36 @@ class Adapters:
         A, B, c = self._stacked[index]
         return A[:, parts], B[:, parts], c[:, :, parts]
 
+    @cached_property
+    def _stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        shaped = [self._shaped(name) for name in self.leaves if name in self.bank.lora]
+        return [_stack(site) for site in zip(*shaped)]
+
+    def folded(self, dtype: torch.dtype) -> FoldedRows:
+        """All sites' adapters as the Triton form reads them, in the compute dtype."""
+        from fastdlp.kernels.half_blocks import BranchRows, fold_rows
+
+        if self._folded is None:
+            names = tuple(name for name in self.leaves if name in self.bank.lora)
+            fold = self.bank.fold(names)
+            rows = [
+                BranchRows(*self.leaves[name], self.bank.seen(name, self.views), branch)
+                for name, branch in zip(names, fold.branches)
+            ]
+            self._folded = fold_rows(rows, len(self.views), fold.down, fold.up, dtype)
+        return self._folded
+
+    def span(self, index: int, parts: slice = slice(None)) -> tuple[int, int]:
+        """A site's parts first..end among the folded ones."""
+        before = sum(len(site.parts) for site in self.bank.sites[:index])
+        chosen = range(before, before + len(self.bank.sites[index].parts))[parts]
+        return chosen.start, chosen.stop
+
     def gradients(self, loss: Tensor, branches: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """d loss / d (weights [n, D], gates [n, Q]) of each branch, as flat fp32 rows."""
+        """d Σ loss / d (weights [n, D], gates [n, Q]) of each branch, as flat fp32 rows."""
         chosen = {name: self.leaves[name] for name in branches}
         wanted = [leaf for leaves in chosen.values() for leaf in leaves if leaf.numel()]
-        grads = iter(torch.autograd.grad(loss, wanted))
+        grads = iter(torch.autograd.grad(loss, wanted, torch.ones_like(loss)))
         return {name: (next(grads), next(grads) if gates.numel() else gates) for name, (_, gates) in chosen.items()}
 
     def _shaped(self, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:

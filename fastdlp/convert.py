@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdlp.errors import FastdlpError
+from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.stem import ImageStem, TextStem
-from fastdlp.tower import Block, Linear, Norm, Tower
+from fastdlp.tower import Block, Tower
 
 SUPPORTED = "supported are open_clip's ViT image towers with its own text transformer, such as ViT-B-32-quickgelu"
 
@@ -17,9 +18,8 @@ def image_tower(visual: Any) -> Tower:
     return Tower(
         blocks=_blocks(visual.transformer),
         ln_post=_norm(visual.ln_post),
-        proj=Linear(visual.proj.detach().T.contiguous(), None),
+        proj=FrozenLinear(visual.proj.detach().T.contiguous(), None),
         heads=visual.transformer.resblocks[0].attn.num_heads,
-        activation=_activation(visual.transformer),
         causal=False,
         pool={"tok": "tok", "avg": "avg"}[visual.pool_type],
         norm_after_pool=bool(visual.final_ln_after_pool),
@@ -31,15 +31,14 @@ def text_tower(net: Any) -> Tower:
     if projection is None:
         raise FastdlpError(f"this text tower has no projection: {SUPPORTED}")
     if isinstance(projection, nn.Linear):
-        proj = Linear(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+        proj = FrozenLinear(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
     else:
-        proj = Linear(projection.detach().T.contiguous(), None)
+        proj = FrozenLinear(projection.detach().T.contiguous(), None)
     return Tower(
         blocks=_blocks(net.transformer),
         ln_post=_norm(net.ln_final),
         proj=proj,
         heads=net.transformer.resblocks[0].attn.num_heads,
-        activation=_activation(net.transformer),
         causal=net.attn_mask is not None,
         pool="index",
     )
@@ -70,14 +69,13 @@ def _blocks(transformer: Any) -> tuple[Block, ...]:
     def scale(module: Any) -> Tensor | None:
         return None if isinstance(module, nn.Identity) else module.gamma.detach()
 
+    activation = _activation(transformer)
     return tuple(
         Block(
-            ln1=_norm(b.ln_1),
-            qkv=Linear(b.attn.in_proj_weight.detach(), b.attn.in_proj_bias.detach()),
+            qkv=FrozenLinear(b.attn.in_proj_weight.detach(), b.attn.in_proj_bias.detach(), _norm(b.ln_1)),
             out=_linear(b.attn.out_proj),
             ls1=scale(b.ls_1),
-            ln2=_norm(b.ln_2),
-            fc1=_linear(b.mlp.c_fc),
+            fc1=_linear(b.mlp.c_fc, _norm(b.ln_2), activation),
             fc2=_linear(b.mlp.c_proj),
             ls2=scale(b.ls_2),
         )
@@ -96,5 +94,5 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
-def _linear(module: Any) -> Linear:
-    return Linear(module.weight.detach(), module.bias.detach())
+def _linear(module: Any, norm: Norm | None = None, activation: str = "none") -> FrozenLinear:
+    return FrozenLinear(module.weight.detach(), module.bias.detach(), norm, activation)

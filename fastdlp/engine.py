@@ -363,7 +363,7 @@ class _Step:
 
     def update(self, loss: Tensor, *branches: str) -> None:
         adapters = self._live[branches[0]]
-        grads = adapters.gradients(loss.sum(), branches)
+        grads = adapters.gradients(loss, branches)
         for name in branches:
             bank = self.engine.bank
             update(bank.state[name], self.slots, grads[name], self.engine.hyper, bank.backend)

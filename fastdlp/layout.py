@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdlp.kernels import low_rank
 from fastdlp.sites import Branch, Site
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -96,6 +97,33 @@ def lora_layout(sites: Sequence[Site], branch: Branch) -> Layout:
                 entries[f"{part}/gate"] = Entry(True, span.gate.start + i * rank, (rank,))
         weights, gates = span.b.stop, span.gate.stop if branch.gated else 0
     return Layout(entries, weights, gates)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """LoRA branches as the kernels fold them, side by side along the rank, and the entries of a slot's row of A (down)
+    and of a group's row of B' (up)."""
+
+    branches: tuple[low_rank.Branch, ...]
+    down: int
+    up: int
+
+
+def lora_fold(sites: Sequence[Site], ranks: Sequence[int]) -> Fold:
+    """Every part of every site, in their order, for branches of these ranks."""
+    padded, branches = low_rank.padded(sum(ranks)), []
+    down = up = 0
+    for number, rank in enumerate(ranks):
+        parts: list[low_rank.Part] = []
+        down = up = 0
+        for site, span in zip(sites, spans(sites, rank)):
+            k, n = site.in_features, site.out_features
+            for i in range(len(site.parts)):
+                a, b, c = span.a.start + i * rank * k, span.b.start + i * n * rank, span.gate.start + i * rank
+                parts.append(low_rank.Part(k, n, a, b, c, down, up))
+                down, up = down + padded * k, up + padded * n
+        branches.append(low_rank.Branch(tuple(parts), rank, sum(ranks[:number])))
+    return Fold(tuple(branches), down, up)
 
 
 def tensor_layout(shapes: Shapes) -> Layout:

@@ -13,6 +13,7 @@ SHARE = {"cpu": 0.4, "cuda": 0.8}
 # What the widest activation may take on a CPU, whose cache holds several: with 240 clients of digits a row cost 1.2
 # times as much at 44 MB and 1.7 times at 197 MB as at 11 MB (EPYC with 32 MB of L3).
 CACHE = 12 << 20
+SHARE_RANK, SHARE_ROWS = 6, 256  # of all branches together, and of a chunk, where the estimate of shares is right
 GRAPHS = 2  # autograd graphs that a step holds at once (local and global)
 
 
@@ -20,9 +21,9 @@ def activation_bytes(shape: TowerShape, tokens: int, heads: int, itemsize: int, 
     """Bytes that a row (one image or prompt in one view) keeps for the backward, and takes while a block runs.
 
     Kept per token and block: the residual stream before each of its halves, q, k and v, attention's output and what
-    the MLP's activation was given. The Triton form also keeps both norms' outputs and, in place of the activation's
-    argument, its slope and its value. A GPU's attention keeps its output in its own layout as well; on a CPU the plain
-    form keeps the probabilities. (tests/test_memory.py counts.)
+    the MLP's activation was given. torch's attention keeps its output in its own layout as well on a GPU; on a CPU the
+    plain form keeps the probabilities. The Triton form holds shares of the adapters' gradients until the backward ends,
+    in fp32: SHARE_RANK for each input and output of a linear and SHARE_ROWS rows. (tests/test_memory.py counts.)
 
     Args:
         shape: of the tower.
@@ -33,24 +34,35 @@ def activation_bytes(shape: TowerShape, tokens: int, heads: int, itemsize: int, 
         device: "cpu" or "cuda".
     """
     stream, attention, mlp = 2 * shape.width, 4 * shape.width, shape.mlp
+    shares = 0
     if backend == "triton":
-        stream, mlp = 2 * stream, 2 * mlp
-    attention += heads * tokens if device == "cpu" else shape.width
+        shares = shape.layers * (10 * shape.width + 2 * shape.mlp) * SHARE_RANK * 4 // SHARE_ROWS
+    else:
+        attention += heads * tokens if device == "cpu" else shape.width
     running = 4 * shape.width + 3 * shape.mlp  # gradients and temporaries of one block
-    return (shape.layers * (stream + attention + mlp) + running) * tokens * itemsize
+    return ((shape.layers * (stream + attention + mlp) + running) * itemsize + shares) * tokens
 
 
 def rows_at_once(
-    shape: TowerShape, tokens: int, heads: int, itemsize: int, backend: str, device: torch.device, least: int
+    shape: TowerShape,
+    tokens: int,
+    heads: int,
+    itemsize: int,
+    backend: str,
+    device: torch.device,
+    least: int,
+    pools: int = 1,
 ) -> int:
     """Rows a view that fit what is free now, and a CPU's cache; at least one client's batch of `least` rows.
+
+    `pools` hold a step's memory each: CUDA graphs have one of their own, beside that of eager steps.
 
     Raises:
         FastdlpError: that batch does not fit.
     """
     row = GRAPHS * activation_bytes(shape, tokens, heads, itemsize, backend, device.type)
     free = free_memory(device)
-    rows = int(SHARE[device.type] * free) // row
+    rows = int(SHARE[device.type] * free) // (pools * row)
     if least * row > free:
         raise FastdlpError(
             f"a step of one client takes about {least * row / 1e9:.1f} GB ({least} rows of {tokens} tokens) and "

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,12 +34,20 @@ class Outputs:
     mask: Tensor
     scale: float
     classified: Tensor | None = None
+    constant_of: Outputs | None = None  # what these are the values of, without its graph
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[n] int64: samples of every slot, without padding."""
+        return self.mask.sum(1)
 
     @cached_property
     def class_logits(self) -> Tensor:
         """[n, S, K]: scaled cosine similarity of every sample with every class prompt, or the classifier's."""
         if self.classified is not None:
             return self.classified
+        if self.constant_of is not None:
+            return self.constant_of.class_logits.detach()
         return self.scale * (self.image @ self.text.transpose(-1, -2))
 
     @cached_property
@@ -53,7 +60,8 @@ class Outputs:
     def detach(self) -> Outputs:
         """The same values as constants: a teacher."""
         classified = None if self.classified is None else self.classified.detach()
-        return replace(self, image=self.image.detach(), text=self.text.detach(), classified=classified)
+        constants = {"image": self.image.detach(), "text": self.text.detach(), "classified": classified}
+        return replace(self, **constants, constant_of=self)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -68,24 +76,27 @@ class Objective:
     def task(self, out: Outputs) -> Tensor:
         """The task loss of every slot, [n]."""
         if self.task_loss == "cross-entropy":
-            log_p = F.log_softmax(out.class_logits, dim=-1)
-            return _mean(-log_p.gather(2, out.labels[:, :, None])[:, :, 0], out.mask)
+            log_p = F.log_softmax(out.class_logits, dim=-1).flatten(0, 1)
+            losses = F.nll_loss(log_p, out.labels.flatten(), reduction="none")
+            return _mean(losses.view(out.labels.shape), out)
         by_image, by_text = (-F.log_softmax(logits, dim=-1).diagonal(dim1=1, dim2=2) for logits in _axes(out))
-        return _mean((by_image + by_text) / 2, out.mask)
+        return _mean((by_image + by_text) / 2, out)
 
     def distil(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The distillation loss of every slot, [n]. Gradients flow to whichever side is not detached."""
         if self.kd_logits == "class":
-            return _mean(self._kl(student.class_logits, teacher.class_logits), student.mask)
+            return _mean(self._kl(student.class_logits, teacher.class_logits), student)
         by_image, by_text = (self._kl(s, t) for s, t in zip(_axes(student), _axes(teacher)))
-        return _mean((by_image + by_text) / 2, student.mask)
+        return _mean((by_image + by_text) / 2, student)
 
     def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Kullback-Leibler divergence over the last axis, times T²: [..., C] → [...]."""
-        log_s = F.log_softmax(student / self.kd_temperature, dim=-1)
-        log_t = F.log_softmax(teacher / self.kd_temperature, dim=-1)
+        T = self.kd_temperature
+        scaled = (student, teacher) if T == 1 else (student / T, teacher / T)
+        log_s, log_t = (F.log_softmax(logits, dim=-1) for logits in scaled)
         log_p, log_q = (log_s, log_t) if self.kd_direction == "student-teacher" else (log_t, log_s)
-        return (log_p.exp() * (log_p - log_q)).sum(-1) * self.kd_temperature**2
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return divergence if T == 1 else divergence * T**2
 
 
 def _axes(out: Outputs) -> tuple[Tensor, Tensor]:
@@ -95,6 +106,6 @@ def _axes(out: Outputs) -> tuple[Tensor, Tensor]:
     return by_image.masked_fill(hidden, PADDED), by_image.transpose(1, 2).masked_fill(hidden, PADDED)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the samples of a slot that are there: [n, S] → [n]."""
-    return torch.where(mask, values, 0).sum(1) / mask.sum(1)
+def _mean(values: Tensor, out: Outputs) -> Tensor:
+    """Mean over the samples of a slot that are there: [n, S] → [n]. Padding is finite where the slot's own is."""
+    return (values * out.mask).sum(1) / out.counts

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.tower import Norm
+from fastdlp.kernels.frozen import Norm
 
 
 @dataclass(frozen=True)

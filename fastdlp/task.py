@@ -13,11 +13,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bank import Adapters
-from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.tables import device_table
 from fastdlp.objective import Outputs
 from fastdlp.plan import Inputs, Shape
@@ -48,8 +47,14 @@ class Samples:
     def read(words: Tensor, shape: Shape, labels: Tensor, staged: Tensor | None) -> tuple[Tensor, Samples]:
         """The bank's rows [n] and the samples of a step of a `Plan`; labels [samples] int64 on the same device."""
         inputs = Inputs.read(words, shape)
-        mask = torch.arange(shape.samples, device=words.device) < inputs.counts[:, None]
+        mask = _numbers(shape.samples, words.device) < inputs.counts[:, None]
         return inputs.slots, Samples(inputs.ids, labels[inputs.ids], mask, shape.sizes, staged)
+
+
+@device_table
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """0 … count − 1."""
+    return torch.arange(count, device=device)
 
 
 class ClassificationTask(Protocol):
@@ -100,16 +105,26 @@ class ImageTask:
 
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
         groups = RowGroups(samples.sizes, views)
-        taken, placed = _places(groups, samples.ids.shape[1], samples.ids.device)
+        n, most = samples.ids.shape
+        even = set(samples.sizes) == {most}  # no padding: rows and places differ by the views alone
+        taken, placed = (None, []) if even else _places(groups, most, samples.ids.device)
         ids = samples.ids.flatten()
         if samples.staged is None:
-            rows = self.tokens(ids.index_select(0, taken), None)
+            rows = self.tokens(_taken(ids, taken, n, views), None)
         else:
-            rows = self.tokens(ids, samples.staged).index_select(0, taken)
-        features = F.normalize(self.tower.features(rows, groups, adapters), dim=-1)
-        return [
-            Outputs(features[where], self.text[scoring], samples.labels, samples.mask, self.scale) for where in placed
-        ]
+            rows = _taken(self.tokens(ids, samples.staged), taken, n, views)
+        features = self.tower.unit_features(rows, groups, adapters)
+        by_view = features.view(n, views, most, -1).unbind(1) if even else [features[where] for where in placed]
+        return [Outputs(own, self.text[scoring], samples.labels, samples.mask, self.scale) for own in by_view]
+
+
+def _taken(places: Tensor, taken: Tensor | None, slots: int, views: int) -> Tensor:
+    """[n · S, ...] → [rows, ...]: those that `taken` names, or without padding every view's."""
+    if taken is not None:
+        return places.index_select(0, taken)
+    if views == 1:
+        return places
+    return places.unflatten(0, (slots, 1, -1)).expand(slots, views, *[-1] * places.ndim).flatten(0, 2)
 
 
 @device_table
@@ -151,14 +166,13 @@ class TextTask:
         prompts = self.prompts[scoring]
         n, classes = len(samples.sizes), len(prompts.tokens)
         if adapters is None:  # the frozen model is the same for every slot
-            text = self.tower.features(prompts.tokens, index=prompts.index)[None, None].expand(n, views, -1, -1)
+            text = self.tower.unit_features(prompts.tokens, index=prompts.index)[None, None].expand(n, views, -1, -1)
         else:
             tokens = prompts.tokens.repeat(n * views, 1, 1)
-            features = self.tower.features(
+            features = self.tower.unit_features(
                 tokens, RowGroups((classes,) * n, views), adapters, prompts.index.repeat(n * views)
             )
             text = features.view(n, views, classes, -1)
-        text = F.normalize(text, dim=-1)
         image = self.images[samples.ids]
         return [Outputs(image, text[:, v], samples.labels, samples.mask, self.scale) for v in range(views)]
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdlp.kernels.attention import attention_reference
 from fastdlp.kernels.module import DualLoRALinear, LoRABranch, View, frozen_module
 
 
@@ -64,7 +64,7 @@ class DualLoRAAttention(nn.Module):
         if attn_mask is not None:
             mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
             mask = mask if mask.ndim == 2 else mask.view(samples, self.heads, tokens, tokens)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        a = attention_reference(q, k, v, mask)
         return self.out(a.transpose(1, 2).flatten(2)), None
 
     def merged(self, slot: int = 0, view: View | None = None) -> nn.MultiheadAttention:

@@ -4,24 +4,33 @@
 tokens of CLIP one head at a time: for [32, 12, 50, 64] forward and backward took 23.3 ms in bf16 and 13.0 ms in
 fp32, where batched products and a softmax took 4.1 and 10.7 ms (2 cores of an AMD EPYC with AVX-512, torch 2.15).
 So the plain products are taken there, up to a length at which their [queries, keys] matrix stays small;
-`self_attention` also writes their gradients where the packed projection wants them, and saves the copies between.
+`self_attention` also writes their gradients where the packed projection wants them, and saves the copies between. On a
+GPU `short_attention.py` does, for the sequences that `fits` names.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdlp.kernels.backend import choose_backend
+
+# On a GPU never cuDNN's: its backward with an explicit mask can give NaN (pytorch #196678).
+GPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SHORT_TOKENS = 128  # up to which the Triton form holds a sequence in one program
 PLAIN_TOKENS = 256  # keys up to which the plain form is taken on a CPU
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v: [rows, heads, queries, d] each; `mask` is bool, broadcastable to
-    [rows, heads, queries, keys], True where a key is seen."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / √d) v: [rows, heads, queries, d] each; `mask` is broadcastable to [rows, heads, queries, keys],
+    bool, True where a key is seen, or added to the scores; `causal` instead of a mask lets a query see up to itself."""
+    with sdpa_kernel(GPU_BACKENDS) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -34,22 +43,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return scores.softmax(-1) @ v
 
 
-def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def self_attention(
+    qkv: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False, backend: str = "auto"
+) -> Tensor:
     """Attention of a packed projection.
 
     Args:
         qkv: [rows, T, 3 · width], queries, keys and values side by side.
         heads: divides width.
         mask: [T, T] bool, True where a key is seen, or None.
+        causal: a query sees up to itself; instead of a mask, and on a GPU the faster way to say so.
+        backend: "triton" or "torch", or "auto" for what `choose_backend` takes here. The Triton form is for sequences
+            that fit and have no mask; all others stay with torch.
 
     Returns:
         [rows, T, width].
     """
     rows, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if mask is not None and causal:
+        raise ValueError("self_attention: a mask or causal, not both")
+    chosen = choose_backend(backend, qkv.device, qkv.dtype)
+    if chosen == "triton" and mask is None and fits(tokens, width // heads):
+        from fastdlp.kernels.short_attention import short_attention
+
+        return short_attention(qkv.reshape(rows * tokens, 3 * width), heads, tokens, causal).view(rows, tokens, width)
+    if causal and qkv.device.type == "cpu":
+        mask, causal = torch.ones(tokens, tokens, dtype=torch.bool).tril(), False
     if _products(qkv, tokens):
         return _SelfAttention.apply(qkv, heads, mask)
     q, k, v = qkv.view(rows, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    return attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    a = attention_reference(q, k, v, mask, causal)
+    return a.transpose(1, 2).flatten(2)
+
+
+def fits(tokens: int, head_dim: int) -> bool:
+    """Whether the Triton form takes sequences and heads of this size: larger ones, and more than 32 rows of A in the
+    forward that makes P, may spill."""
+    return 1 <= tokens <= SHORT_TOKENS and head_dim in (16, 32, 64)
 
 
 def _products(k: Tensor, keys: int) -> bool:

@@ -19,7 +19,8 @@ Three forms of it live here, beside each other:
       dX = dY W + Q A,   dA = Qᵀ X,   dB = T · diag(c),   dc = Σ_n B ⊙ T
   Neighbouring slots with equally many rows go through one batched product.
 - the Triton form, `dual_lora_ops.py`: the same backward in kernels that fuse the adapters into the frozen product,
-  the norm into the product that makes P, and activation and residual into the epilogue.
+  the norm into the product that makes P, and activation and residual into the epilogue. `half_blocks.py` also fuses
+  across the linears of a transformer block.
 
 Nothing here knows of clients, rounds or CLIP.
 """
@@ -36,13 +37,14 @@ from torch import Tensor
 from fastdlp.kernels import frozen
 from fastdlp.kernels.activation import ACTIVATIONS, KEPT
 from fastdlp.kernels.backend import choose_backend
-from fastdlp.kernels.frozen import frozen_linear, frozen_linear_backward
+from fastdlp.kernels.frozen import FrozenLinear, Norm, frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups
 
 LARGE = 1 << 19  # entries of a group's x above which oneDNN's product was the faster one
 
 __all__ = [
     "DualLoRAFunction",
+    "FrozenLinear",
     "Norm",
     "Recompute",
     "RowGroups",
@@ -52,30 +54,19 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Frozen LayerNorm: weight and bias [width]."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
 def dual_lora_reference(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    linear: FrozenLinear,
     A: Tensor,
     B: Tensor,
     c: Tensor,
     groups: RowGroups,
     *,
-    norm: Norm | None = None,
-    activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
     """The formula, literally. Arguments, shapes and errors as in `dual_lora`; gradients by autograd."""
-    _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
+    _check(x, linear, A, B, c, groups, residual)
+    weight, bias, norm, activation = linear.weight, linear.bias, linear.norm, linear.activation
     if norm is not None:
         centred = x - x.mean(1, keepdim=True)
         x = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
@@ -95,15 +86,12 @@ def dual_lora_reference(
 
 def dual_lora(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    linear: FrozenLinear,
     A: Tensor,
     B: Tensor,
     c: Tensor,
     groups: RowGroups,
     *,
-    norm: Norm | None = None,
-    activation: str = "none",
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -111,14 +99,12 @@ def dual_lora(
 
     Args:
         x: [M, K] rows sorted by group, in the compute dtype (fp64, fp32, bf16, fp16).
-        weight: [parts·N, K], frozen, the dtype of x.
-        bias: [parts·N] or None.
+        linear: weight [parts·N, K] and bias [parts·N] or None in the dtype of x; the norm that x passes first, if any;
+            the activation of the sum of linear and LoRA: "none", "quick_gelu", "gelu" or "gelu_tanh".
         A: [slots, parts, R, K] down-projections, fp32 or the dtype of x.
         B: [slots, parts, N, R] up-projections.
         c: [slots, views, parts, R] rank-space scale (scale · gate · branch mask).
         groups: the split of the M rows.
-        norm: a frozen LayerNorm that x passes first; None: x as it is.
-        activation: "none", "quick_gelu", "gelu" or "gelu_tanh", applied to the sum of linear and LoRA.
         residual: [M, parts·N] added at the end, or None.
         backend: "torch", "triton" (a CUDA GPU, or Triton's interpreter for tests; not fp64), or "auto": Triton where
             its tiles were measured on that GPU's architecture, torch elsewhere.
@@ -132,20 +118,7 @@ def dual_lora(
     Products run in the dtype of x. In the torch form the gradients of A and B are sums accumulated in fp32 and rounded
     once to that dtype; the Triton form keeps them in fp32.
     """
-    y, _ = dual_lora_recomputing(
-        x,
-        weight,
-        bias,
-        A,
-        B,
-        c,
-        groups,
-        norm=norm,
-        activation=activation,
-        residual=residual,
-        backend=backend,
-    )
-    return y
+    return dual_lora_recomputing(x, linear, A, B, c, groups, residual=residual, backend=backend)[0]
 
 
 @dataclass(frozen=True)
@@ -159,15 +132,12 @@ class Recompute:
 
 def dual_lora_recomputing(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    linear: FrozenLinear,
     A: Tensor,
     B: Tensor,
     c: Tensor,
     groups: RowGroups,
     *,
-    norm: Norm | None = None,
-    activation: str = "none",
     residual: Tensor | None = None,
     backend: str = "auto",
     made: Recompute | None = None,
@@ -177,15 +147,15 @@ def dual_lora_recomputing(
     `made` says how x was made. The Triton form keeps φ' and x themselves, which it reads in its products: it
     returns None, and `made` changes nothing there.
     """
-    _check(x, weight, bias, A, B, c, groups, norm, activation, residual)
+    _check(x, linear, A, B, c, groups, residual)
     if choose_backend(backend, x.device, x.dtype, A.shape[1] * A.shape[2]) == "triton":
         from fastdlp.kernels.dual_lora_ops import dual_lora_fused
 
-        return dual_lora_fused(x, weight, bias, A, B, c, groups, norm, activation, residual), None
+        return dual_lora_fused(x, linear, A, B, c, groups, residual), None
     source, by = (None, "none") if made is None else (made.kept, made.activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, c, residual))
-    y, u = DualLoRAFunction.apply(x, weight, bias, A, B, c, groups, norm, activation, residual, source, by, keep)
-    return y, None if u is None else Recompute(u, activation)
+    y, u = DualLoRAFunction.apply(x, linear, A, B, c, groups, residual, source, by, keep)
+    return y, None if u is None else Recompute(u, linear.activation)
 
 
 class DualLoRAFunction(torch.autograd.Function):
@@ -199,14 +169,11 @@ class DualLoRAFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        linear: FrozenLinear,
         A: Tensor,
         B: Tensor,
         c: Tensor,
         groups: RowGroups,
-        norm: Norm | None,
-        activation: str,
         residual: Tensor | None,
         source: Tensor | None,
         made_by: str,
@@ -214,13 +181,14 @@ class DualLoRAFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         slots, parts, rank, width = A.shape
         out = B.shape[2]
+        norm, activation = linear.norm, linear.activation
         h = x
         stats: list[Tensor] = []
         if norm is not None:
             h, *stats = torch.native_layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
         down = A.to(x.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, x.dtype)
-        u = frozen_linear(h, weight, bias)
+        u = frozen_linear(h, linear.weight, linear.bias)
         P = x.new_empty(groups.rows, parts * rank)
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
@@ -236,10 +204,10 @@ class DualLoRAFunction(torch.autograd.Function):
             y.add_(residual)
         if not keep:
             return y, None
-        ctx.groups, ctx.norm, ctx.activation, ctx.made_by = groups, norm, activation, made_by
+        ctx.groups, ctx.linear, ctx.made_by = groups, linear, made_by
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if source is None else source, weight, A, B, c, P, None if activation == "none" else u, *stats
+            x if source is None else source, linear.weight, A, B, c, P, None if activation == "none" else u, *stats
         )
         if activation == "none":
             return y, None
@@ -250,17 +218,17 @@ class DualLoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, weight, A, B, c, P, u, *stats = ctx.saved_tensors
         groups: RowGroups = ctx.groups
-        norm: Norm | None = ctx.norm
+        norm: Norm | None = ctx.linear.norm
         slots, parts, rank, width = A.shape
         out = B.shape[2]
         if grads[0] is None:
-            return (None,) * 13
+            return (None,) * 10
         dy = grads[0].contiguous()
-        du = dy if u is None else KEPT[ctx.activation].backward(dy, u)
+        du = dy if u is None else KEPT[ctx.linear.activation].backward(dy, u)
         down = A.to(dy.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, dy.dtype)
         need_x = ctx.needs_input_grad[0]
-        need_a, need_b, need_c = ctx.needs_input_grad[3:6]
+        need_a, need_b, need_c = ctx.needs_input_grad[2:5]
         x = KEPT[ctx.made_by].value(source) if need_a or norm is not None else source
         h = x if norm is None or not need_a else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
 
@@ -298,8 +266,8 @@ class DualLoRAFunction(torch.autograd.Function):
                 dB_ = (T * c[..., None]).sum(1).mT.to(B.dtype)
             if need_c:
                 dc_ = (T * B.mT[:, None]).sum(4).to(c.dtype)
-        residual = dy if ctx.needs_input_grad[9] else None
-        return dx, None, None, dA_, dB_, dc_, None, None, None, residual, None, None, None
+        residual = dy if ctx.needs_input_grad[6] else None
+        return dx, None, dA_, dB_, dc_, None, residual, None, None, None
 
 
 def _columns_by_rows(p: Tensor, x: Tensor, parts: int) -> Tensor:
@@ -329,17 +297,9 @@ def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    c: Tensor,
-    groups: RowGroups,
-    norm: Norm | None,
-    activation: str,
-    residual: Tensor | None,
+    x: Tensor, linear: FrozenLinear, A: Tensor, B: Tensor, c: Tensor, groups: RowGroups, residual: Tensor | None
 ) -> None:
+    bias, norm = linear.bias, linear.norm
     if x.ndim != 2 or A.ndim != 4 or B.ndim != 4 or c.ndim != 4:
         raise ValueError(
             "dual_lora: x must be [M, K], A [slots, parts, R, K], B [slots, parts, N, R], c [slots, views, parts, R]"
@@ -349,7 +309,7 @@ def _check(
     expected = {
         "x": (x, (groups.rows, width)),
         "A": (A, (slots, parts, rank, width)),
-        "weight": (weight, (parts * out, width)),
+        "weight": (linear.weight, (parts * out, width)),
         "B": (B, (slots, parts, out, rank)),
         "c": (c, (slots, groups.views, parts, rank)),
     }
@@ -368,5 +328,5 @@ def _check(
             raise ValueError(f"dual_lora: {name} is {tensor.dtype}, x is {x.dtype}: cast one of them")
     if len(groups.sizes) != slots:
         raise ValueError(f"dual_lora: {len(groups.sizes)} slots in the row groups, {slots} in A")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"dual_lora: unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
+    if linear.activation not in ACTIVATIONS:
+        raise ValueError(f"dual_lora: unknown activation {linear.activation!r}: choose from {', '.join(ACTIVATIONS)}")

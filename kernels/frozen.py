@@ -1,4 +1,4 @@
-"""The frozen product x Wᵀ + b and its dX = dY W, through whichever library runs it faster.
+"""What is frozen: a linear with its norm and activation, and its product x Wᵀ + b and dX = dY W by the faster library.
 
 On a CPU torch gives fp32 matrix products to MKL, which on AMD processors runs at half of oneDNN's speed (205 against
 440 GFLOP/s for [1600, 768] by [768, 3072] on two cores of an EPYC with AVX-512, torch 2.15). bf16 goes to oneDNN, but
@@ -10,6 +10,8 @@ number of rows and threads, so a batch cut otherwise gives the same bits. A GPU'
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,30 @@ from torch.utils.weak import WeakIdKeyDictionary
 ONEDNN = torch.backends.mkldnn.is_available()  # asked here, because torch.compile cannot trace the question
 BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ROWS = 1600  # what the layout is chosen for; it serves any number of rows
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Frozen LayerNorm: weight and bias [width]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """φ(norm(x) Wᵀ + b), all of it frozen.
+
+    weight: [N, K]; bias: [N] or None; norm: a LayerNorm of width K that x passes first, or None; activation: φ, one of
+    `activation.ACTIVATIONS`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    norm: Norm | None = None
+    activation: str = "none"
+
 
 # Frozen weight → (its version, blocked W, blocked Wᵀ); either is None until it is asked for.
 _blocked: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -1,4 +1,4 @@
-"""The one door through which every kernel is launched, so that launches can be counted, or listed without a GPU."""
+"""The single entry point for launches, so that they can be counted, or listed without a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Launch:
 _recorder: tuple[list[Launch], bool] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *operands: Any, **options: Any) -> None:
-    """Launch on the device of the first operand; nothing to do for an empty grid."""
+def launch(kernel: Any, grid: tuple[int, ...], first: Any, *operands: Any, **options: Any) -> None:
+    """Launch on the device of the first operand, a tensor or a tensor descriptor; nothing to do for an empty grid."""
     if not math.prod(grid):
         return
     if _recorder is not None:
@@ -35,7 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *operands: Any, **
         launches.append(Launch(kernel, grid, (first, *operands), options))
         if dry:
             return
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+    tensor: Tensor = first if isinstance(first, Tensor) else first.base
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
         # Triton 3.10 turns this off by default; the bits and the registers here are those with it.
         kernel[grid](first, *operands, enable_fp_fusion=True, **options)
 
@@ -56,3 +57,19 @@ def recording(dry: bool = False) -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorder = before
+
+
+def tiles_of(size: int, block: int) -> int:
+    """How many blocks cover a size."""
+    return -(-size // block)
+
+
+def precision(x: Tensor) -> str:
+    """Triton's input_precision for products of x: tf32 for fp32 only where torch allows it for its own."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if x.is_cuda and x.dtype == torch.float32 and allowed else "ieee"
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where neighbours of a row are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.kernels.dual_lora import dual_lora
+from fastdlp.kernels.dual_lora import FrozenLinear, dual_lora
 from fastdlp.kernels.groups import RowGroups
 
 INITS = ("gaussian", "peft-gaussian", "kaiming")
@@ -144,7 +144,9 @@ class DualLoRALinear(nn.Module):
         by_view = [[s if name in view else torch.zeros_like(s) for name, s in scales.items()] for view in seen_by]
         c = torch.stack([torch.cat(row, dim=2) for row in by_view], dim=1)
         rows = x.reshape(groups.rows, x.shape[-1])
-        return dual_lora(rows, weight, bias, A, B, c, groups, backend=self.backend).view(*x.shape[:-1], -1)
+        return dual_lora(rows, FrozenLinear(weight, bias), A, B, c, groups, backend=self.backend).view(
+            *x.shape[:-1], -1
+        )
 
     @torch.no_grad()
     def merged(self, slot: int = 0, view: View | None = None) -> nn.Linear:

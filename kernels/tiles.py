@@ -23,9 +23,10 @@ FALLBACK = "80"  # for every architecture after it that has no table of its own
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: `blocks` are its constexprs by name, `chunk` the rows that share a partial sum.
+    """How a kernel is cut: `blocks` are its constexprs by name, `chunk` the entries that share a partial sum.
 
-    The form "torch" leaves a product to the library.
+    A product's form is "triton" (pointers), "descriptor" (persistent, Hopper's tensor descriptors) or "torch", which
+    leaves it to the library.
     """
 
     form: str = "triton"
@@ -74,6 +75,16 @@ def architecture(device: torch.device) -> str:
     return key if key in table() else FALLBACK
 
 
+MULTIPROCESSORS = {"80": 108, "90": 132, INTERPRETER: 3}  # of an A100, an H100 or H200, and for tests
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent kernel has."""
+    if _assumed is not None or device.type != "cuda":
+        return MULTIPROCESSORS[architecture(device)]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def measured(device: torch.device, itemsize: int) -> bool:
     """Whether the table of this GPU's own architecture was measured on one, for elements of this size."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -85,7 +96,8 @@ def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, ou
     """The tile of a kernel for M = rows, N = out, K = width: the first row of the table that fits.
 
     Args:
-        kernel: name without `_kernel`; "product" comes as "product", "product_activated" and "product_backward".
+        kernel: name without `_kernel`; "product" comes as "product", "product_activated", "product_backward" and
+            "product_backward_activated".
         itemsize: bytes of an element of the large operands, 2 or 4.
 
     Raises:

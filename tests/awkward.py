@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.dual_lora import Norm
+from fastdlp.kernels import dual_lora as operator
+from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.tiles import Tile
 
@@ -87,6 +88,31 @@ class Draw:
     def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
         return numbers.to(self.device, dtype or self.dtype)
+
+
+def _by_parts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator with the parts of its frozen linear as arguments of their own, for tests that vary one of them."""
+
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        c: Tensor,
+        groups: RowGroups,
+        *,
+        norm: Norm | None = None,
+        activation: str = "none",
+        **options: Any,
+    ) -> Tensor:
+        return function(x, FrozenLinear(weight, bias, norm, activation), A, B, c, groups, **options)
+
+    return call
+
+
+dual_lora = _by_parts(operator.dual_lora)
+dual_lora_reference = _by_parts(operator.dual_lora_reference)
 
 
 def operands(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +111,30 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def guarded(nan_filled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launch every kernel of the dual-LoRA operator on copies of its operands between bands of NaN.
+    """Launch every kernel but the optimizer's on copies of its operands between bands of NaN.
 
     What is read beyond an end is NaN, what is written there is an error, and so is an output left unwritten (NaN).
     """
-    from fastdlp.kernels import dual_lora_launch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fastdlp.kernels import fold, gradients, norm, normalize, product, short_attention
     from fastdlp.kernels.launch import launch
 
     def launch_guarded(kernel: Any, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
-        bands = [_Banded(operand) if isinstance(operand, Tensor) else operand for operand in operands]
-        launch(kernel, grid, *(band.inside if isinstance(band, _Banded) else band for band in bands), **options)
-        for at, band in enumerate(bands):
-            if isinstance(band, _Banded):
-                band.take_back(f"operand {at} of {kernel.__name__}")
+        tensors = {id(operand): operand for operand in operands if isinstance(operand, Tensor)}
+        bands = {key: _Banded(tensor) for key, tensor in tensors.items()}  # once a tensor, however often it is passed
+        given = []
+        for operand in operands:
+            if isinstance(operand, TensorDescriptor):
+                operand = replace(operand, base=_Banded(operand.base).inside)  # only read
+            given.append(bands[id(operand)].inside if id(operand) in bands else operand)
+        launch(kernel, grid, *given, **options)
+        for at, operand in enumerate(operands):
+            if id(operand) in bands:
+                bands[id(operand)].take_back(f"operand {at} of {kernel.__name__}")
 
-    monkeypatch.setattr(dual_lora_launch, "launch", launch_guarded)
+    for module in (fold, gradients, norm, normalize, product, short_attention):
+        monkeypatch.setattr(module, "launch", launch_guarded)
 
 
 class _Banded:

@@ -68,7 +68,7 @@ def _blocks(tower: Tower, name: str) -> dict[str, Tensor]:
         for part, weight, bias in zip("qkv", block.qkv.weight.chunk(3), block.qkv.bias.chunk(3)):
             state |= {f"{at}.self_attn.{part}_proj.weight": weight, f"{at}.self_attn.{part}_proj.bias": bias}
         parts: dict[str, Any] = {"self_attn.out_proj": block.out, "mlp.fc1": block.fc1, "mlp.fc2": block.fc2}
-        parts |= {"layer_norm1": block.ln1, "layer_norm2": block.ln2}
+        parts |= {"layer_norm1": block.qkv.norm, "layer_norm2": block.fc1.norm}
         for part, module in parts.items():
             state |= {f"{at}.{part}.weight": module.weight, f"{at}.{part}.bias": module.bias}
     return state

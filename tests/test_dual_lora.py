@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.dual_lora import Norm, RowGroups, dual_lora, dual_lora_reference
-from tests.awkward import PHI, Draw, in_fp64, operands, values_and_gradients
+from fastdlp.kernels.frozen import Norm
+from fastdlp.kernels.groups import RowGroups
+from tests.awkward import PHI, Draw, dual_lora, dual_lora_reference, in_fp64, operands, values_and_gradients
 
 GROUPS = {
     "one": RowGroups((7,)),

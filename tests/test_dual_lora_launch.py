@@ -1,4 +1,4 @@
-"""Every launcher alone against its docstring's mathematics in fp64, on awkward shapes and with several tiles."""
+"""Every launcher of a linear alone against its docstring's mathematics in fp64, on awkward shapes and several tiles."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.dual_lora_launch import (
-    adapter_gradients,
-    backward_product,
-    down_gradient,
-    down_product,
-    fold,
-    forward_product,
-    norm_backward,
-    norm_down_product,
-    sum_chunks,
-)
+from fastdlp.kernels.dual_lora_ops import fold_adapters, source_of
+from fastdlp.kernels.fold import sum_shares
+from fastdlp.kernels.frozen import FrozenLinear, Norm
+from fastdlp.kernels.gradients import Input, adapter_gradients
 from fastdlp.kernels.groups import RowGroups
+from fastdlp.kernels.low_rank import SiteAdapters, padded
+from fastdlp.kernels.norm import down_product, norm_backward, norm_down_product
+from fastdlp.kernels.normalize import normalize
+from fastdlp.kernels.product import backward_product, forward_product
 from fastdlp.kernels.tiles import Tile
 from tests.awkward import DTYPES, GROUPS, PHI, Draw, assert_close, cases, exact
 
@@ -42,18 +39,16 @@ EPILOGUES: list[tuple[str, bool, bool, bool]] = [  # activation, bias, residual,
 ]
 
 
-def tile(chunk: int = 0, **blocks: int) -> Tile:
-    return Tile(
-        blocks={f"BLOCK_{name}" if len(name) == 1 else name: size for name, size in blocks.items()}, chunk=chunk
-    )
+def tile(form: str = "triton", **blocks: int) -> Tile:
+    return Tile(form, {f"BLOCK_{name}" if len(name) == 1 else name: size for name, size in blocks.items()})
 
 
 PRODUCT_TILES = [
     None,
     tile(M=16, N=16, K=32, GROUP_M=1),
     tile(M=64, N=16, K=16, GROUP_M=8),
-    tile(M=32, N=64, K=64, GROUP_M=2),
-    tile(M=16, N=32, K=64, GROUP_M=8),
+    tile("descriptor", M=32, N=64, K=64, GROUP_M=2),
+    tile("descriptor", M=16, N=32, K=16, GROUP_M=8),
     Tile(form="torch"),
 ]
 ROW_TILES = [None, tile(M=16, K=64), tile(M=64, K=16), tile(M=32, K=128)]
@@ -61,9 +56,9 @@ ROW_TILES = [None, tile(M=16, K=64), tile(M=64, K=16), tile(M=32, K=128)]
 
 def loose(matrix: Tensor) -> Tensor:
     """The same matrix with NaN between its rows and before them."""
-    wide = matrix.new_full((matrix.shape[0], matrix.shape[1] + 5), float("nan"))
-    wide[:, 3:-2] = matrix
-    return wide[:, 3:-2]
+    wide = matrix.new_full((matrix.shape[0], matrix.shape[1] + 8), float("nan"))
+    wide[:, 4:-4] = matrix
+    return wide[:, 4:-4]
 
 
 def laid(strided: bool, *matrices: Tensor | None) -> Any:
@@ -76,41 +71,89 @@ def check(precision: str, **pairs: tuple[Tensor, Tensor]) -> None:
         assert_close(ours, reference, TOLERANCE[precision], what)
 
 
+def site_of(draw: Draw, groups: RowGroups, parts: int, rank: int, width: int, out: int) -> SiteAdapters:
+    """Folded adapters with entries of their own in A and B', zero where the rank is padded."""
+    slots, RP = len(groups.sizes), padded(rank)
+
+    def drawn(owners: int, columns: int, scale: float) -> Tensor:
+        full = draw(owners, parts, RP, columns, scale=scale)
+        full[:, :, rank:] = 0
+        return full.flatten(1, 2)
+
+    down, up = drawn(slots, width, width**-0.5), drawn(slots * groups.views, out, rank**-0.5)
+    poison = torch.zeros(slots, parts, device=draw.device)
+    return SiteAdapters(down, up, poison, parts, rank)
+
+
+def low_of(draw: Draw, groups: RowGroups, site: SiteAdapters) -> Tensor:
+    """P or Q [M, L]; NaN in no column, so what is padded must be met by zeros of the adapters."""
+    return draw(groups.rows, site.down.shape[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("parts", "rank"), RANKS)
 @pytest.mark.parametrize(("width", "out", "views"), [(100, 96, 1), (64, 300, 2), (1, 1, 1)])
 def test_fold(
     width: int, out: int, views: int, parts: int, rank: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    draw = Draw(device, torch.float32)
+    draw, RP = Draw(device, torch.float32), padded(rank)
     # Slices along slots and parts, and scales whose rows are not neighbours.
     A = draw(4, parts + 1, rank, width)[1:, 1:]
     B = draw(4, parts + 2, out, rank)[1:, 1:-1]
     c = draw(3, views, parts, 2 * rank)[..., ::2]
-    down, up = fold(A, B, c, dtype)
-    assert torch.equal(down, A.to(dtype).reshape(3, parts * rank, width))
-    for slot in range(3):
-        for view in range(views):
-            expected = (B[slot] * c[slot, view][:, None]).to(dtype).transpose(1, 2)
-            assert torch.equal(up[slot * views + view], expected.reshape(parts * rank, out))
+    site = fold_adapters(A, B, c, dtype).site(0, parts)
+    down, up = site.down.view(3, parts, RP, width), site.up.view(3, views, parts, RP, out)
+    assert torch.equal(down[:, :, :rank], A.to(dtype))
+    assert torch.equal(up[:, :, :, :rank], (B[:, None] * c[:, :, :, None]).to(dtype).mT)
+    assert (down[:, :, rank:] == 0).all()
+    assert (up[:, :, :, rank:] == 0).all()
+    assert (site.poison == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("what", ["A", "B", "c"])
+def test_fold_keeps_what_is_not_finite_apart(what: str, value: float, device: torch.device) -> None:
+    """1e30 is finite in fp32 and none of fp16's numbers."""
+    draw = Draw(device, torch.float32)
+    adapters = {"A": draw(3, 2, 4, 40), "B": draw(3, 2, 50, 4), "c": draw(3, 2, 2, 4)}
+    clean = fold_adapters(**adapters, dtype=torch.float16).site(0, 2)
+    adapters[what][1, 1, 0, 0] = value
+    site = fold_adapters(**adapters, dtype=torch.float16).site(0, 2)
+    assert site.poison.sum(1).isnan().tolist() == [False, True, False]
+    assert site.down.isfinite().all()
+    assert site.up.isfinite().all()
+    for slot in (0, 2):
+        assert torch.equal(site.down[slot], clean.down[slot])
+        assert torch.equal(site.up.view(3, -1)[slot], clean.up.view(3, -1)[slot])
 
 
 @cases("ranks width t strided", ranks=RANKS, width=[100, 64, 768], t=ROW_TILES, strided=[False, True])
 def test_down_product(
     name: str, ranks: tuple[int, int], width: int, t: Tile | None, strided: bool, precision: str, device: torch.device
 ) -> None:
-    groups, L = GROUPS[name], ranks[0] * ranks[1]
-    draw = Draw(device, DTYPES[precision])
-    x, down = draw(groups.rows, width), draw(len(groups.sizes), L, width, scale=width**-0.5)
-    P = down_product(laid(strided, x), down, groups, t)
-    check(precision, P=(P, _down(exact(x), exact(down), groups)))
+    groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
+    x, site = draw(groups.rows, width), site_of(draw, groups, *ranks, width, 8)
+    P = down_product(laid(strided, x), site, groups, t)
+    check(precision, P=(P, _down(exact(x), site, groups)))
 
 
-def _down(x: Tensor, down: Tensor, groups: RowGroups) -> Tensor:
-    P = x.new_full((groups.rows, down.shape[1]), float("nan"))
+def _down(x: Tensor, site: SiteAdapters, groups: RowGroups) -> Tensor:
+    P = x.new_full((groups.rows, site.down.shape[1]), float("nan"))
     for slot, _, start, end in groups.groups():
-        P[start:end] = x[start:end] @ down[slot].T
+        P[start:end] = x[start:end] @ exact(site.down)[slot].T
     return P
+
+
+def test_a_poisoned_slot_loses_its_own_rows(device: torch.device) -> None:
+    groups, draw = RowGroups((5, 9, 3), views=2), Draw(device, torch.float32)
+    site, x = site_of(draw, groups, 2, 4, 40, 48), draw(34, 40)
+    norm = Norm(draw(40), draw(40), 1e-5)
+    clean = [down_product(x, site, groups), norm_down_product(x, norm, site, groups)[2]]
+    site.poison[1, 1] = float("nan")
+    own, others = slice(10, 28), [*range(10), *range(28, 34)]
+    for P, before in zip([down_product(x, site, groups), norm_down_product(x, norm, site, groups)[2]], clean):
+        assert P[own].isnan().all()
+        assert torch.equal(P[others], before[others])
 
 
 @cases(
@@ -134,14 +177,13 @@ def test_norm_down_product(
     device: torch.device,
 ) -> None:
     """At a scale of 3e-3 the variance is about eps, so it matters where eps stands."""
-    groups, L = GROUPS[name], ranks[0] * ranks[1]
-    draw = Draw(device, DTYPES[precision])
+    groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, weight, bias = draw(groups.rows, width, scale=scale) + scale, draw(width), draw(width)
-    down = draw(len(groups.sizes), L, width, scale=width**-0.5)
-    h, stats, P = norm_down_product(laid(strided, x), weight, bias, eps, down, groups, t)
+    site = site_of(draw, groups, *ranks, width, 8)
+    h, stats, P = norm_down_product(laid(strided, x), Norm(weight, bias, eps), site, groups, t)
     mean, rstd, expected = _normed(exact(x), exact(weight), exact(bias), eps)
     check("fp32", mean=(stats[0], mean), rstd=(stats[1], rstd))
-    check(precision, h=(h, expected), P=(P, _down(expected, exact(down), groups)))
+    check(precision, h=(h, expected), P=(P, _down(expected, site, groups)))
     assert stats.dtype == torch.float32
 
 
@@ -154,40 +196,48 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
 @pytest.mark.parametrize("width", [100, 768])
 def test_a_large_mean_does_not_cancel_the_variance(width: int, device: torch.device) -> None:
     """Mean 300, deviation 1. fp32 holds the mean to 2e-5; E[x²] − E[x]² would lose 5e-3 of the variance."""
-    groups = RowGroups((40, 23))
-    draw = Draw(device, torch.float32)
+    groups, draw = RowGroups((40, 23)), Draw(device, torch.float32)
     x, weight, bias, dh = draw(63, width) + 300, draw(width), draw(width), draw(63, width)
-    down = draw(2, 4, width, scale=width**-0.5)
-    h, stats, P = norm_down_product(x, weight, bias, 1e-5, down, groups)
+    site = site_of(draw, groups, 1, 4, width, 8)
+    h, stats, P = norm_down_product(x, Norm(weight, bias, 1e-5), site, groups)
     mean, rstd, expected = _normed(exact(x), exact(weight), exact(bias), 1e-5)
     assert_close(stats[0], mean, (8e-7, 3e-7), "mean")
     assert_close(stats[1], rstd, (1.4e-5, 5e-6), "rstd")
     assert_close(h, expected, (8e-5, 6e-5), "h")
-    assert_close(P, _down(expected, exact(down), groups), (1e-4, 6e-5), "P")
+    assert_close(P, _down(expected, site, groups), (1e-4, 6e-5), "P")
     dx = norm_backward(dh, x, stats, weight)
     assert_close(dx, _norm_gradient(exact(dh), exact(x), exact(weight), 1e-5), (1e-5, 1e-5), "dx")
 
 
 def test_a_row_of_equal_entries_has_the_deviation_of_eps(device: torch.device) -> None:
-    draw = Draw(device, torch.float32)
-    weight, bias, down = draw(100), draw(100), draw(1, 4, 100)
-    h, stats, _ = norm_down_product(torch.full((5, 100), 7.0, device=device), weight, bias, 1e-5, down, RowGroups((5,)))
+    groups, draw = RowGroups((5,)), Draw(device, torch.float32)
+    weight, bias, site = draw(100), draw(100), site_of(draw, groups, 1, 4, 100, 8)
+    rows = torch.full((5, 100), 7.0, device=device)
+    h, stats, _ = norm_down_product(rows, Norm(weight, bias, 1e-5), site, groups)
     assert torch.allclose(stats[0], torch.full_like(stats[0], 7.0), rtol=1e-6)
     assert torch.allclose(stats[1], torch.full_like(stats[1], 1e-5**-0.5), rtol=1e-6)
     assert torch.allclose(h, bias.expand(5, 100), rtol=0, atol=2e-3)  # rounding of the mean, times 1/σ
 
 
-@cases("width t strided", width=[100, 64, 768, 1], t=[None, tile(M=4), tile(M=1)], strided=[False, True])
+@cases(
+    "width t strided residual",
+    width=[100, 64, 768, 1],
+    t=[None, tile(M=4), tile(M=1)],
+    strided=[False, True],
+    residual=[False, True],
+)
 def test_norm_backward(
-    name: str, width: int, t: Tile | None, strided: bool, precision: str, device: torch.device
+    name: str, width: int, t: Tile | None, strided: bool, residual: bool, precision: str, device: torch.device
 ) -> None:
-    groups = GROUPS[name]
-    draw = Draw(device, DTYPES[precision])
+    groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, dh, weight = draw(groups.rows, width) + 0.5, draw(groups.rows, width), draw(width)
+    beside = draw(groups.rows, width) if residual else None
     mean, rstd, _ = _normed(exact(x), exact(weight), exact(weight), 1e-2)
     stats = torch.stack([mean, rstd]).to(device, torch.float32)
-    dx = norm_backward(dh, laid(strided, x), stats, weight, t)
-    check(precision, dx=(dx, _norm_gradient(exact(dh), exact(x), exact(weight), 1e-2)))
+    x_, beside_ = laid(strided, x, beside)
+    dx = norm_backward(dh, x_, stats, weight, beside_, t)
+    expected = _norm_gradient(exact(dh), exact(x), exact(weight), 1e-2)
+    check(precision, dx=(dx, expected if beside is None else expected + exact(beside)))
 
 
 def _norm_gradient(dh: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -224,152 +274,153 @@ def test_forward_product(
     x, weight = draw(groups.rows, width), draw(parts * out, width, scale=width**-0.5)
     bias = draw(parts * out) if has_bias else None
     residual = draw(groups.rows, parts * out) if has_residual else None
-    P = draw(groups.rows, parts * rank)
-    up = draw(len(groups.sizes) * groups.views, parts * rank, out, scale=rank**-0.5)
+    site = site_of(draw, groups, parts, rank, width, out)
+    P, RP = low_of(draw, groups, site), site.padded_rank
     x_, weight_, residual_ = laid(strided, x, weight, residual)
-    y, slope = forward_product(x_, weight_, bias, P, up, parts, groups, activation, residual_, keep, t)
+    y, kept = forward_product(x_, FrozenLinear(weight_, bias, None, activation), P, site, groups, residual_, keep, t)
 
     u = exact(x) @ exact(weight).T + (0 if bias is None else exact(bias))
     for number, (_, _, start, end) in enumerate(groups.groups()):
         for part in range(parts):
-            of_part = slice(part * rank, (part + 1) * rank)
-            low = exact(P)[start:end, of_part] @ exact(up)[number, of_part]
+            of_part = slice(part * RP, (part + 1) * RP)
+            low = exact(P)[start:end, of_part] @ exact(site.up)[number, of_part]
             u[start:end, part * out : (part + 1) * out] += low
     expected = PHI[activation](u) + (0 if residual is None else exact(residual))
     check(precision, y=(y, expected))
-    assert (slope is not None) == (keep and activation != "none")
-    if slope is not None:
-        one = torch.ones_like(slope)  # what errors in a slope are measured against, however few there are
-        check(precision, slope=(torch.cat([slope, one]), torch.cat([_slope(activation, u), exact(one)])))
+    assert (kept is not None) == (keep and activation != "none")
+    if kept is not None:
+        check(precision, u=(kept, u))
 
 
-@cases("ranks shape t strided", ranks=RANKS, shape=SHAPES, t=PRODUCT_TILES, strided=[False, True])
+@cases(
+    "ranks shape activation t strided",
+    ranks=RANKS,
+    shape=SHAPES,
+    activation=PHI,
+    t=PRODUCT_TILES,
+    strided=[False, True],
+)
 def test_backward_product(
     name: str,
     ranks: tuple[int, int],
     shape: tuple[int, int],
+    activation: str,
     t: Tile | None,
     strided: bool,
     precision: str,
     device: torch.device,
 ) -> None:
-    groups, L, (width, inner) = GROUPS[name], ranks[0] * ranks[1], shape
+    groups, (width, inner) = GROUPS[name], shape
     draw = Draw(device, DTYPES[precision])
     dy, weight = draw(groups.rows, inner), draw(inner, width, scale=inner**-0.5)
-    Q, down = draw(groups.rows, L), draw(len(groups.sizes), L, width, scale=L**-0.5)
-    dx = backward_product(*laid(strided, dy, weight), Q, down, groups, t)
+    site = site_of(draw, groups, *ranks, width, 8)
+    Q, u = low_of(draw, groups, site), None if activation == "none" else draw(groups.rows, width)
+    dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, t)
     expected = exact(dy) @ exact(weight)
     for slot, _, start, end in groups.groups():
-        expected[start:end] += exact(Q)[start:end] @ exact(down)[slot]
-    check(precision, dx=(dx, expected))
+        expected[start:end] += exact(Q)[start:end] @ exact(site.down)[slot]
+    check(precision, dx=(dx, expected if u is None else expected * _slope(activation, exact(u))))
+
+
+INPUTS = ("none", "norm", "quick_gelu", "gelu", "gelu_tanh")
 
 
 @cases(
-    "ranks out has_slope t strided",
+    "ranks shape made t strided",
     ranks=RANKS,
-    out=[96, 100, 64, 1],
-    has_slope=[False, True],
-    t=[None, tile(M=16, N=64), tile(M=64, N=16), tile(M=32, N=32)],
+    shape=SHAPES,
+    made=INPUTS,
+    t=[None, tile(M=16, N=64, K=16), tile(M=64, N=16, K=64), tile(M=32, N=32, K=32)],
     strided=[False, True],
 )
 def test_adapter_gradients(
     name: str,
     ranks: tuple[int, int],
-    out: int,
-    has_slope: bool,
+    shape: tuple[int, int],
+    made: str,
     t: Tile | None,
     strided: bool,
     precision: str,
     device: torch.device,
 ) -> None:
-    """B' is drawn apart from B and c, so that each is seen to be used where it belongs."""
-    groups, (parts, rank), slots = GROUPS[name], ranks, len(GROUPS[name].sizes)
+    """Q, and of the shares dA, dB and dc. P and the input are drawn apart from the adapters."""
+    groups, (parts, rank), (out, width), slots = GROUPS[name], ranks, shape, len(GROUPS[name].sizes)
     views, fp32 = groups.views, torch.float32
     draw = Draw(device, DTYPES[precision])
-    dy, slope, P = draw(groups.rows, parts * out), draw(groups.rows, parts * out), draw(groups.rows, parts * rank)
-    B = draw(slots, parts + strided, out, rank, dtype=fp32)[:, :parts]
+    dy, rows = draw(groups.rows, parts * out), draw(groups.rows, width)
+    A = draw(slots, parts + strided, rank, width, dtype=fp32)[:, :parts]
+    B = draw(slots, parts + strided, out, rank, scale=out**-0.5, dtype=fp32)[:, :parts]
     c = draw(slots, views, parts, rank + strided, dtype=fp32)[..., :rank]
-    up = draw(slots * views, parts * rank, out, scale=out**-0.5)
-    results = adapter_gradients(laid(strided, dy), slope if has_slope else None, P, B, c, up, groups, t)
-    du, Q, dB_shares, dc_shares, of_slot, of_group = results
+    folded = fold_adapters(A, B, c, DTYPES[precision])
+    site, RP = folded.site(0, parts), padded(rank)
+    P, x = low_of(draw, groups, site), exact(rows)
+    if made == "norm":
+        weight, bias = draw(width), draw(width)
+        mean, rstd, x = _normed(x, exact(weight), exact(bias), 1e-2)
+        stats = torch.stack([mean, rstd]).to(device, fp32)
+        given = Input(laid(strided, rows), Norm(weight, bias, 1e-2), stats)
+    else:
+        x = PHI[made](x)
+        given = Input(laid(strided, rows), activation=made)
+    block = (t or tile(M=32))["BLOCK_M"]
+    shares = folded.shares(folded.use(0, parts, groups, block))
+    Q = adapter_gradients(laid(strided, dy), P, site, groups, given, shares, t)
+    dA, dB, dc = (torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in (A, B, c))
+    sum_shares(source_of(A, B, c), folded, dA, dB, dc.flatten(2))
 
-    dU = exact(dy * slope if has_slope else dy)  # rounded before the sums, as the kernel's
-    expected_Q = torch.full((groups.rows, parts * rank), float("nan"), dtype=torch.float64)
-    dB = torch.zeros(slots, parts, out, rank, dtype=torch.float64)
-    dc = torch.zeros(slots * views, parts, rank, dtype=torch.float64)
+    expected_Q = torch.full((groups.rows, parts * RP), float("nan"), dtype=torch.float64)
+    right = [torch.zeros(grad.shape, dtype=torch.float64) for grad in (A, B, c)]
     for number, (slot, view, start, end) in enumerate(groups.groups()):
         for part in range(parts):
-            of_part = slice(part * rank, (part + 1) * rank)
-            g = dU[start:end, part * out : (part + 1) * out]
-            expected_Q[start:end, of_part] = g @ exact(up)[number, of_part].T
-            T = g.T @ exact(P)[start:end, of_part]
-            dB[slot, part] += T * exact(c)[slot, view, part]
-            dc[number, part] = (exact(B)[slot, part] * T).sum(0)
-    check(precision, du=(du, dU), Q=(Q, expected_Q))
-    check(SUMS[precision], dB=(_summed(dB_shares, of_slot), dB), dc=(_summed(dc_shares, of_group), dc))
-    assert dB_shares.dtype == dc_shares.dtype == torch.float32
+            of_part, ranks_of = slice(part * RP, (part + 1) * RP), slice(part * RP, part * RP + rank)
+            g = exact(dy)[start:end, part * out : (part + 1) * out]
+            expected_Q[start:end, of_part] = g @ exact(site.up)[number, of_part].T
+            right[0][slot, part] += expected_Q[start:end, ranks_of].T @ x[start:end]
+            T = g.T @ exact(P)[start:end, ranks_of]
+            right[1][slot, part] += T * exact(c)[slot, view, part]
+            right[2][slot, view, part] = (exact(B)[slot, part] * T).sum(0)
+    check(precision, Q=(Q, expected_Q), dA=(dA, right[0]))  # Q is rounded before it is multiplied
+    check(SUMS[precision], dB=(dB, right[1]), dc=(dc, right[2]))
 
 
-@cases(
-    "ranks width t strided",
-    ranks=RANKS,
-    width=[100, 64, 768, 1],
-    t=[None, tile(M=16, K=64, chunk=16), tile(M=32, K=16, chunk=40), tile(M=64, K=32, chunk=512)],
-    strided=[False, True],
-)
-def test_down_gradient(
-    name: str, ranks: tuple[int, int], width: int, t: Tile | None, strided: bool, precision: str, device: torch.device
-) -> None:
-    groups, L = GROUPS[name], ranks[0] * ranks[1]
-    draw = Draw(device, DTYPES[precision])
-    x, Q = draw(groups.rows, width), draw(groups.rows, L)
-    shares, bounds = down_gradient(laid(strided, x), Q, groups, t)
-    expected = torch.zeros(len(groups.sizes), L, width, dtype=torch.float64)
-    for slot, _, start, end in groups.groups():
-        expected[slot] += exact(Q)[start:end].T @ exact(x)[start:end]
-    check(SUMS[precision], dA=(_summed(shares, bounds), expected))
-    assert shares.dtype == torch.float32
+def test_without_shares_q_is_the_same(device: torch.device) -> None:
+    groups, draw = RowGroups((20, 13), views=2), Draw(device, torch.float32)
+    site, dy, x = site_of(draw, groups, 2, 4, 40, 48), draw(66, 96), draw(66, 40)
+    P, shares = low_of(draw, groups, site), (torch.empty(9, 2, 4, 48, device=device), torch.empty(9, 2, 4, 40))
+    with_shares = adapter_gradients(dy, P, site, groups, Input(x), (shares[0], shares[1].to(device)))
+    assert torch.equal(adapter_gradients(dy, P, site, groups, Input(x), None), with_shares)
 
 
-def _summed(shares: Tensor, bounds: Tensor) -> Tensor:
-    """Shares by owner, added first to last in fp32 on the CPU."""
-    shares, edges = shares.cpu(), bounds.tolist()
-    out = shares.new_zeros(len(edges) - 1, *shares.shape[1:])
-    for owner in range(len(out)):
-        for share in shares[edges[owner] : edges[owner + 1]]:
-            out[owner] += share
-    return out
-
-
-@pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("sizes", [(300, 256, 7), (5, 600, 1), (1, 1, 1)])
-@pytest.mark.parametrize("counts", [(1, 0, 0, 5, 2), (0, 0), (3,), ()])
-def test_sum_chunks_adds_in_order(
-    counts: tuple[int, ...], sizes: tuple[int, int, int], views: int, device: torch.device
-) -> None:
-    """To the bit, and zeros for an owner without a chunk. dc has `views` owners to every one of dA and dB."""
+@pytest.mark.parametrize("width", [1, 64, 100, 512])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_normalize(rows: int, width: int, device: torch.device) -> None:
     draw = Draw(device, torch.float32)
-    owners = [counts, counts, [count for count in counts for _ in range(views)]]
-    shares = []
-    for size, each in zip(sizes, owners):
-        bounds = torch.tensor([0, *each]).cumsum(0).int().to(device)
-        shares.append((draw(sum(each), size, dtype=torch.float32), bounds))
-    for ours, (share, bounds) in zip(sum_chunks(*shares), shares):
-        assert torch.equal(ours.cpu(), _summed(share, bounds))
+    x, dy = draw(rows, width).requires_grad_(), draw(rows, width)
+    ours = normalize(x)
+    right = torch.nn.functional.normalize(exact(x).requires_grad_(), dim=-1)
+    assert_close(ours, right, (1e-6, 1e-6), "y")
+    (dx,) = torch.autograd.grad(ours, x, dy)
+    of = exact(x).requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.normalize(of, dim=-1), of, exact(dy))
+    if width > 1:  # of one column the gradient is rounding alone
+        assert_close(dx, expected, (2e-6, 2e-6), "dx")
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's; the sigmoid is 0 there
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
-def test_activation_and_slope_point_by_point(activation: str, device: torch.device) -> None:
-    """φ and φ' through the epilogue, from −1000 to 1000, to 1e-6 of max(1, |u|)."""
+@pytest.mark.parametrize("activation", [name for name in PHI if name != "none"])
+def test_activations_far_out(activation: str, device: torch.device) -> None:
+    """φ and φ' where exponentials overflow, with an absolute error in units of max(1, |u|)."""
     u = torch.cat([torch.linspace(-8, 8, 157), torch.tensor([-1000.0, -88.0, -20.0, 20.0, 88.0, 1000.0, 0.0])])
-    u, zero, groups = u.to(device), torch.zeros(len(u), 1, device=device), RowGroups((1,))
-    y, slope = forward_product(
-        zero[:1], zero, u, zero[:1], zero.view(1, 1, -1), 1, groups, activation, None, True, PRODUCT_TILES[1]
-    )
-    x = exact(u)
-    for ours, value in ((y, PHI[activation](x)), (slope, _slope(activation, x))):
-        assert ((exact(ours)[0] - value).abs() <= 1e-6 * x.abs().clamp(min=1)).all()
+    u, groups, n = u.to(device), RowGroups((1,)), len(u)
+    site = SiteAdapters(torch.zeros(1, 16, n), torch.zeros(1, 16, n), torch.zeros(1, 1), 1, 1)
+    site = SiteAdapters(*(t.to(device) for t in (site.down, site.up, site.poison)), 1, 1)
+    x, low, small = torch.zeros(1, 1, device=device), torch.zeros(1, 16, device=device), PRODUCT_TILES[1]
+    linear = FrozenLinear(torch.zeros(n, 1, device=device), u, None, activation)
+    y, _ = forward_product(x, linear, low, site, groups, None, True, small)
+    one, ones = torch.ones(1, 1, device=device), torch.ones(1, n, device=device)
+    slope = backward_product(one, ones, low, site, groups, u[None], activation, small)
+    v = exact(u)
+    for ours, value in ((y, PHI[activation](v)), (slope, _slope(activation, v))):
+        assert ((exact(ours)[0] - value).abs() <= 1e-6 * v.abs().clamp(min=1)).all()
 
 
 def _slope(activation: str, u: Tensor) -> Tensor:
@@ -378,16 +429,18 @@ def _slope(activation: str, u: Tensor) -> Tensor:
     return torch.autograd.grad(PHI[activation](u).sum(), u)[0]
 
 
+@pytest.mark.parametrize("t", [PRODUCT_TILES[0], PRODUCT_TILES[3]], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("groups", [RowGroups((50,) * 5), RowGroups((1, 200, 49), views=1)], ids=str)
-def test_same_bits_whatever_the_neighbours(groups: RowGroups, device: torch.device) -> None:
+def test_same_bits_whatever_the_neighbours(groups: RowGroups, t: Tile | None, device: torch.device) -> None:
     """The rows of a slot come out the same when every other slot holds other numbers."""
     outputs = []
     for seed in (1, 2):
         draw, own = Draw(device, torch.float32, seed), Draw(device, torch.float32)
-        x, weight, P = draw(groups.rows, 64), own(96, 64), draw(groups.rows, 4)
-        up = draw(len(groups.sizes), 4, 96)
+        x, weight, site = draw(groups.rows, 64), own(96, 64), site_of(draw, groups, 1, 4, 64, 96)
+        P = low_of(draw, groups, site)
         _, _, start, end = list(groups.groups())[1]
-        x[start:end], P[start:end], up[1] = own(end - start, 64), own(end - start, 4), own(4, 96)
-        y, _ = forward_product(x, weight, None, P, up, 1, groups)
+        x[start:end], P[start:end] = own(end - start, 64), own(end - start, 16)
+        site.up[1] = own(16, 96)
+        y, _ = forward_product(x, FrozenLinear(weight), P, site, groups, tile=t)
         outputs.append(y[start:end])
     assert torch.equal(*outputs)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastdlp.kernels.dual_lora import Norm, dual_lora, dual_lora_reference
 from fastdlp.kernels.dual_lora_ops import dual_lora_backward_op, dual_lora_op, forward_pass
+from fastdlp.kernels.frozen import Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import recording
 from tests.awkward import (
@@ -24,6 +24,8 @@ from tests.awkward import (
     Draw,
     assert_close,
     cases,
+    dual_lora,
+    dual_lora_reference,
     exact,
     in_fp64,
     operands,
@@ -295,9 +297,9 @@ def _launched(launches: list[Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("wanted", "norm", "backward"),
     [
-        (["x", "A", "B", "c"], False, ["adapter_gradients", "product", "down_gradient", "sum_chunks"]),
-        (["A", "B", "c"], True, ["adapter_gradients", "down_gradient", "sum_chunks"]),
-        (["c"], False, ["adapter_gradients", "down_gradient", "sum_chunks"]),
+        (["x", "A", "B", "c"], False, ["adapter_gradients", "product", "sum_shares"]),
+        (["A", "B", "c"], True, ["adapter_gradients", "sum_shares"]),
+        (["c"], False, ["adapter_gradients", "sum_shares"]),
         (["x"], True, ["adapter_gradients", "product", "norm_backward"]),
         (["residual"], True, []),
     ],
@@ -324,7 +326,7 @@ def test_keeps_nothing_without_gradients(device: torch.device) -> None:
     with torch.no_grad(), recording() as launches:
         y = dual_lora(**arguments, activation="gelu", backend="triton")
     assert y.grad_fn is None
-    assert not launches[-1].options["KEEP"]
+    assert launches[-1].options["ARGUMENT"] == "none"
     outputs = dual_lora_op(*_op_arguments(arguments, "gelu", keep=False))
     assert [len(output) for output in outputs] == [44, 0, 0, 0, 0, 0, 0]
 
@@ -368,8 +370,14 @@ def test_checkpointed(device: torch.device) -> None:
 def _op_arguments(arguments: dict[str, Any], activation: str, keep: bool) -> tuple[Any, ...]:
     a, norm, groups = arguments, arguments["norm"], arguments["groups"]
     normed = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    tensors = tuple(a[name] for name in ("x", "weight", "bias", "A", "B", "c"))
-    return (*tensors, list(groups.sizes), groups.views, *normed, activation, a["residual"], keep)
+    frozen = (a["weight"], a["bias"], *normed, activation)
+    return (a["x"], *frozen, a["A"], a["B"], a["c"], list(groups.sizes), groups.views, a["residual"], keep)
+
+
+def _backward_arguments(forward: tuple[Any, ...], dy: Tensor, saved: list[Tensor]) -> tuple[Any, ...]:
+    """What `fastdlp::dual_lora_backward` takes behind a forward, but for what is needed of it."""
+    x, weight, _, *rest = (t.detach() if isinstance(t, Tensor) else t for t in forward[:12])
+    return (dy, x, *saved, weight, *rest)
 
 
 CONFIGURATIONS = [  # groups, bias, norm, residual, activation, keep
@@ -396,11 +404,8 @@ def test_opcheck(
     if keep:
         with torch.no_grad():
             y, *saved = forward_pass(*forward)
-        x, weight, _, _, B, c, sizes, views, norm_weight = (
-            t.detach() if isinstance(t, Tensor) else t for t in forward[:9]
-        )
         for need in ((True, True), (False, True), (True, False)):
-            backward = (y, x, *saved, weight, B, c, sizes, views, norm_weight, activation, *need)
+            backward = (*_backward_arguments(forward, y, saved), *need)
             torch.library.opcheck(torch.ops.fastdlp.dual_lora_backward.default, backward)
 
 
@@ -425,9 +430,8 @@ def test_fakes_are_laid_out_like_what_runs(
     _assert_alike(real, meta)
     real, meta = dual_lora_op(*real_in), dual_lora_op(*meta_in)
     results = []
-    for (y, *saved), (x, weight, _, _, B, c, sizes, views, norm_weight, *_) in ((real, real_in), (meta, meta_in)):
-        dy = _transposed(y)
-        results.append(dual_lora_backward_op(dy, x, *saved, weight, B, c, sizes, views, norm_weight, activation, *need))
+    for (y, *saved), given in ((real, real_in), (meta, meta_in)):
+        results.append(dual_lora_backward_op(*_backward_arguments(given, _transposed(y), saved), *need))
     _assert_alike(*results)
 
 

@@ -29,7 +29,7 @@ from fastdlp.export import file_format
 from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.merged import FILE_PREPROCESSING, name_for_a_file
 from fastdlp.export.peft_format import twin, write_peft
-from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.sites import Branch, tower_sites
 from tests.hugging_face import clip_model
 from tests.models import tiny_clip

@@ -14,7 +14,7 @@ from fastdlp import memory
 from fastdlp.bank import AdapterBank
 from fastdlp.clip import load_clip
 from fastdlp.errors import FastdlpError
-from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.memory import GRAPHS, activation_bytes, rows_at_once
 from fastdlp.sites import Branch, TowerShape, tower_sites
 from tests.models import tiny_clip

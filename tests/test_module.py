@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdlp.bank import AdapterBank
 from fastdlp.clip import Clip, load_clip
 from fastdlp.kernels.adapt import DualLoRAAttention, adapt, branch_parameters, merge, select
-from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import recording
 from fastdlp.kernels.module import DualLoRALinear
 from fastdlp.sites import Branch, tower_sites

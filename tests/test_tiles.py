@@ -12,24 +12,38 @@ from fastdlp.kernels import tiles
 from fastdlp.kernels.tiles import Tile, architecture, assume, measured, table, tile_for, tile_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PRODUCTS = ("product", "product_activated", "product_backward")
-GRADIENTS = ("adapter_gradients", "adapter_gradients_activated")
+PRODUCTS = ("product", "product_activated", "product_backward", "product_backward_activated")
+ATTENTION = ("attention", "attention_backward")
+COUNTS = {"GROUP_M", "HEADS"}  # no sizes of a tile; HEADS may be 0, for all
 BLOCKS = {  # what a kernel's constexprs are called
     "fold": {"BLOCK"},
     "down": {"BLOCK_M", "BLOCK_K"},
     "norm_down": {"BLOCK_M", "BLOCK_K"},
     "norm_backward": {"BLOCK_M"},
+    **{kernel: {"BLOCK_Q", "HEADS"} for kernel in ATTENTION},
     **{kernel: {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"} for kernel in PRODUCTS},
-    **{kernel: {"BLOCK_M", "BLOCK_N"} for kernel in GRADIENTS},
-    "down_gradient": {"BLOCK_M", "BLOCK_K"},
-    "sum_chunks": {"BLOCK"},
+    "normalize": {"BLOCK_M"},
+    "adapter_gradients": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
+    "sum_shares": {"BLOCK"},
 }
 ROWS = (0, 1, 512, 513, 4096, 4097, 50_000, 10**7)
-SHAPES = [(0, 0), (1, 1), (100, 100), (768, 768), (2304, 768), (3072, 768), (768, 3072), (512, 768)]  # N, K
+SHAPES = [
+    (0, 0),
+    (1, 1),
+    (100, 100),
+    (768, 768),
+    (2304, 768),
+    (3072, 768),
+    (768, 3072),
+    (512, 768),
+    (16, 64),
+    (64, 64),
+    (128, 16),
+]  # N, K
 
 
 def lookups(kernel: str) -> Iterator[tuple[int, int, int, int]]:
-    for itemsize in (4,) if kernel == "sum_chunks" else (2, 4):
+    for itemsize in (4,) if kernel == "sum_shares" else (2, 4):
         for rows in ROWS:
             for out, width in SHAPES:
                 yield itemsize, rows, out, width
@@ -60,10 +74,10 @@ def test_every_kernel_has_a_tile_for_every_shape(kernel: str, arch: str) -> None
             assert tile.warps in (1, 2, 4, 8, 16)
             assert tile.stages >= 1
             for name, size in tile.blocks.items():
-                dot = name != "GROUP_M" and kernel != "norm_backward"
-                assert size >= (16 if dot else 1)
-                assert size & (size - 1) == 0 or name == "GROUP_M"
-            assert (tile.chunk >= tile["BLOCK_M"]) if kernel == "down_gradient" else (tile.chunk == 0)
+                dot = name not in COUNTS and kernel not in ("norm_backward", "normalize")
+                assert size >= (16 if dot else name != "HEADS")
+                assert size & (size - 1) == 0 or name in COUNTS
+            assert tile.chunk == 0
 
 
 def test_architectures_name_the_same_kernels() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdlp.bank import AdapterBank
 from fastdlp.clip import Clip, describe, load_clip
-from fastdlp.kernels.dual_lora import RowGroups
+from fastdlp.kernels.groups import RowGroups
 from fastdlp.sites import Branch, tower_sites
 from fastdlp.tower import Tower
 from tests.models import tiny_clip

@@ -1,0 +1,196 @@
+"""What the adapters need of dY, and dA, in one pass over the rows. Conventions as in `product.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdlp.kernels.frozen import Norm
+from fastdlp.kernels.groups import RowGroups, chunks
+from fastdlp.kernels.launch import launch, precision
+from fastdlp.kernels.low_rank import SiteAdapters
+from fastdlp.kernels.norm import poisoned
+from fastdlp.kernels.product import COUNTS, activated
+from fastdlp.kernels.tiles import Tile, tile_for
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def adapter_gradients_kernel(
+    dy_ptr,
+    p_ptr,
+    up_ptr,
+    poison_ptr,
+    x_ptr,
+    stats_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    q_ptr,
+    t_ptr,
+    da_ptr,
+    chunk_ptr,
+    chunks,
+    M,
+    N,
+    K,
+    stride_dym,
+    stride_xm,
+    stride_up,
+    stride_poison,
+    PARTS: tl.constexpr,
+    VIEWS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    POISONS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INPUT: tl.constexpr,
+    SHARES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Q = dY B' of a chunk of a group's rows, and its shares of T = dYᵀ P and dA = Qᵀ x. Grid (chunks,).
+
+    Both products are computed transposed, dY as their right operand: read either way it keeps one layout in shared
+    memory, so its copies run ahead of the products on every architecture.
+
+    INPUT says what x is made of, so that it need not be kept: "none" x itself, "norm" the rows before a LayerNorm with
+    their `stats`, else the argument of that activation. Without SHARES only Q is computed.
+
+    4·M·parts·N·RP + 2·M·K·L FLOP; reads 2·M·(parts·N + K + L) bytes (bf16), writes 2·M·L of Q and 4·parts·R·(N + K) a
+    chunk of shares, which `sum_shares_kernel` reads again: each a share of 2·R / BLOCK_M of dY and x.
+    """
+    chunk = tl.program_id(0)
+    group = tl.load(chunk_ptr + chunk).to(tl.int64)
+    start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
+    m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    here = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start
+    L: tl.constexpr = PARTS * BLOCK_R
+    poison = poisoned(poison_ptr, group // VIEWS, stride_poison, POISONS, BLOCK_P)
+    low_at = start * L + (m[None, :] * L + r[:, None])
+    dy_ptrs = dy_ptr + start * stride_dym + (m[:, None] * stride_dym + n[None, :])
+    up_ptrs = up_ptr + group * stride_up + (r[:, None] * N + n[None, :])
+    t_at = chunk.to(tl.int64) * PARTS * R * N + (r[:, None] * N + n[None, :])
+    for part in range(PARTS):
+        p = tl.load(p_ptr + low_at + part * BLOCK_R, mask=here[None, :], other=0.0)
+        q = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
+        for n0 in range(0, N, BLOCK_N):
+            in_n = n < N - n0
+            dy = tl.load(dy_ptrs + n0, mask=here[:, None] if EVEN_N else here[:, None] & in_n[None, :], other=0.0)
+            up = tl.load(up_ptrs + n0) if EVEN_N else tl.load(up_ptrs + n0, mask=in_n[None, :], other=0.0)
+            q = tl.dot(up, tl.trans(dy), q, input_precision=PRECISION)
+            if SHARES:
+                t = tl.dot(p, dy, input_precision=PRECISION)
+                mask = (r < R)[:, None] if EVEN_N else (r < R)[:, None] & in_n[None, :]
+                tl.store(t_ptr + t_at + n0, t, mask=mask)
+        tl.store(q_ptr + low_at + part * BLOCK_R, q + poison, mask=here[None, :])
+        dy_ptrs += N
+        up_ptrs += BLOCK_R * N
+        t_at += R * N
+    if SHARES:
+        tl.debug_barrier()  # the columns of Q were written by other threads of this program
+        l, k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
+        q_ptrs = q_ptr + start * L + (m[None, :] * L + l[:, None])
+        q_all = tl.load(q_ptrs, mask=here[None, :] & (l < L)[:, None], other=0.0)
+        row = l // BLOCK_R * R + l % BLOCK_R  # without padding
+        stored = ((l < L) & (l % BLOCK_R < R))[:, None]
+        x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
+        da_ptrs = da_ptr + chunk.to(tl.int64) * PARTS * R * K + (row[:, None] * K + k[None, :])
+        if INPUT == "norm":
+            mean = tl.load(stats_ptr + start + m, mask=here, other=0.0)[:, None]
+            rstd = tl.load(stats_ptr + M + start + m, mask=here, other=0.0)[:, None]
+        for k0 in range(0, K, BLOCK_K):
+            in_k = k < K - k0
+            x = tl.load(x_ptrs + k0, mask=here[:, None] if EVEN_K else here[:, None] & in_k[None, :], other=0.0)
+            if INPUT == "norm":
+                weight = tl.load(norm_weight_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
+                bias = tl.load(norm_bias_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
+                x = ((x.to(tl.float32) - mean) * rstd * weight[None, :] + bias[None, :]).to(x.dtype)
+            elif INPUT != "none":
+                x = activated(x.to(tl.float32), INPUT)[0].to(x.dtype)
+            da = tl.dot(q_all, x, input_precision=PRECISION)
+            tl.store(da_ptrs + k0, da, mask=stored if EVEN_K else stored & in_k[None, :])
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a linear's input x [M, K] is recomputed from: itself, the rows before a norm, or an activation's argument.
+
+    stats: [2, M] fp32 (mean, 1/σ), with a norm.
+    """
+
+    rows: Tensor
+    norm: Norm | None = None
+    stats: Tensor | None = None
+    activation: str = "none"
+
+
+def gradients_tile(dy_like: Tensor, rows: int, out: int, width: int) -> Tile:
+    """The tile of `adapter_gradients`: its BLOCK_M is the rows of a chunk, which shares are reserved by."""
+    return tile_for("adapter_gradients", dy_like.device, dy_like.dtype.itemsize, rows, out, width)
+
+
+def adapter_gradients(
+    dy: Tensor,
+    P: Tensor,
+    site: SiteAdapters,
+    groups: RowGroups,
+    x: Input,
+    shares: tuple[Tensor, Tensor] | None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Q [M, L]; T [chunks, parts, R, N] and dA [chunks, parts, R, K] of every chunk go to `shares`, if wanted.
+
+    Args:
+        dy: [M, parts·N]; P: [M, L].
+    """
+    parts, out, (rows, width) = site.parts, site.out, x.rows.shape
+    tile = tile or gradients_tile(dy, rows, parts * out, width)
+    cut = chunks(groups, tile["BLOCK_M"], 1, dy.device)
+    Q = dy.new_empty(len(dy), P.shape[1])
+    T, dA = (None, None) if shares is None else shares
+    norm = x.norm
+    launch(
+        adapter_gradients_kernel,
+        (cut.count,),
+        dy,
+        P,
+        site.up,
+        site.poison,
+        x.rows,
+        x.stats,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        Q,
+        T,
+        dA,
+        cut.table,
+        cut.count,
+        rows,
+        out,
+        width,
+        dy.stride(0),
+        x.rows.stride(0),
+        site.up.stride(0),
+        site.poison.stride(0),
+        PARTS=parts,
+        VIEWS=groups.views,
+        R=site.rank,
+        BLOCK_R=site.padded_rank,
+        BLOCK_L=triton.next_power_of_2(P.shape[1]),
+        POISONS=site.poison.shape[1],
+        BLOCK_P=triton.next_power_of_2(site.poison.shape[1]),
+        INPUT="norm" if norm is not None else x.activation,
+        SHARES=shares is not None,
+        EVEN_N=out % tile["BLOCK_N"] == 0,
+        EVEN_K=width % tile["BLOCK_K"] == 0,
+        PRECISION=precision(dy),
+        **tile.launch,
+    )
+    return Q
