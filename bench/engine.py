@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from fastdlp.methods import make_method
 from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
-from fastdlp.replay import CudaGraphs
+from fastdlp.replay import cuda_graphs
 from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
@@ -89,7 +88,7 @@ class EngineRounds:
         gate_lr, xi = (lr, XI) if train_gates else (0.0, 0.0)
         hyper = Hyperparameters(everywhere(lr), everywhere(gate_lr), everywhere(xi), everywhere(ALPHA))
         schedule = Schedule(batch, 1, self.task.rows(batch) * clients, padded=self.graph)
-        runner = partial(CudaGraphs, device=device) if self.graph else None
+        runner = cuda_graphs(device, bank.tensors) if self.graph else None
         labels = self.problem.labels.flatten().numpy()
         slots = self._slots(steps)
         return Engine(self.method, bank, self.task, Objective(), hyper, slots, labels, schedule, runner=runner)

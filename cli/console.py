@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,17 @@ if TYPE_CHECKING:
 
 out = Console()
 err = Console(stderr=True)
+
+
+@contextmanager
+def telling(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what goes on; in a log a line for each, with the seconds, for who is killed there."""
+    if err.is_terminal:
+        with err.status(text) as status:
+            yield status.update
+        return
+    start = time.monotonic()
+    yield lambda text: print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -79,7 +92,11 @@ def watching(quiet: bool) -> Iterator[Listener]:
                     text = "stopping after this round"
                 progress.update(bar, completed=line["round"], description=text)
 
+            def notice(text: str) -> None:
+                err.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
             listener.preparing, listener.started, listener.finished_round = preparing, started, finished_round
+            listener.notice = notice
             yield listener
 
 

@@ -78,9 +78,11 @@ HELP: dict[str, tuple[str, str]] = {
     "precision": (MACHINE, "fp32 or bf16 for weights and activations; adapters, gates and moments are always fp32."),
     "device": (MACHINE, "auto, cpu, cuda or cuda:N."),
     "backend": (MACHINE, "How the adapted linears run: triton (fused kernels, CUDA), torch (library products), or "
-                         "auto: triton on GPUs for which its tiles were measured."),
+                         "auto: on a GPU without measured tiles each part of the tower is checked and timed in both "
+                         "forms before the first round, once; torch on a CPU."),
     "micro_batch": (MACHINE, "Rows that go through the tower at once. Default: what fits the memory."),
-    "cuda_graph": (MACHINE, "Record a step as a CUDA graph and replay it. All batches are padded to full ones."),
+    "cuda_graph": (MACHINE, "Record a step as a CUDA graph and replay it; all batches are padded to full ones. By "
+                            "default: on a CUDA GPU, as long as the first replay of each shape equals the eager step."),
     "out": (RECORD, "Run folder. Default: a new one under runs/."),
     "checkpoint_every": (RECORD, "Rounds between checkpoints."),
     "trace": (RECORD, "Also write every client's adapters each round and every batch, for a replay."),
@@ -129,6 +131,7 @@ def check_partition_options(given: dict[str, Any]) -> None:
 
 def _option(name: str, text: str, panel: str) -> Any:
     flag = "--" + name.replace("_", "-")
+    flag += "/--no-cuda-graph" if name == "cuda_graph" else ""  # the one switch that is on by itself
     return typer.Option(flag, help=text, rich_help_panel=panel, show_default=_default(name))
 
 

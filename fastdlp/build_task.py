@@ -23,10 +23,12 @@ from fastdlp.errors import FastdlpError
 from fastdlp.frozen_task import FrozenTask
 from fastdlp.full_task import FullTask, trains
 from fastdlp.heads import HEADS, head_shapes, head_start
+from fastdlp.kernels.frozen import Norm
 from fastdlp.layout import Shapes
 from fastdlp.memory import rows_at_once
 from fastdlp.methods.base import Method
 from fastdlp.resident import TokenSource
+from fastdlp.selection import read_backend
 from fastdlp.sites import AnyBranch, Site, Tensors, tower_sites
 from fastdlp.stem import ImageStem, TextStem
 from fastdlp.task import (
@@ -37,7 +39,7 @@ from fastdlp.task import (
     frozen_image_features,
     frozen_text_features,
 )
-from fastdlp.tower import Norm, Tower
+from fastdlp.tower import Tower
 
 PLAIN_TEMPLATE = "a photo of a {}."
 # Share of the device's memory that stem tokens or pixels may take, so that no step waits for them.
@@ -56,7 +58,8 @@ class Built:
     """A task and what the bank and the schedule need to know of it.
 
     sites: for LoRA. shapes, starts: of the branches that are no LoRA. micro_batch: rows a view that fit the memory.
-    weight_bytes: what full fine-tuning holds of weights, moments and gradients; 0 for all else.
+    weight_bytes: what full fine-tuning holds of weights, moments and gradients; 0 for all else. tokens: of a row that
+    goes through a tower with LoRA.
     """
 
     task: ClassificationTask
@@ -65,6 +68,7 @@ class Built:
     starts: dict[str, Start]
     micro_batch: int
     weight_bytes: int = 0
+    tokens: int = 0
 
 
 class _PixelBatches:
@@ -139,8 +143,10 @@ def build_task(
         source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
         task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
         rows, tokens = config.batch_size, len(clip.image_stem.positions)
-    at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, config.backend, device, rows)
-    return Built(task, sites, shapes, starts, at_once)
+    backend = "torch" if config.backend == "torch" else "triton"  # a selection may be of both: the larger one
+    pools = 2 if config.cuda_graph else 1
+    at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, backend, device, rows, pools)
+    return Built(task, sites, shapes, starts, at_once, tokens=tokens)
 
 
 def _parts(
@@ -151,7 +157,8 @@ def _parts(
     captions = class_prompts(pixels.class_names, training), class_prompts(pixels.class_names, template)
     stem = moved_stem(clip.text_stem, device)
     prompts = _prompts(clip, stem, captions[0], device, dtype), _prompts(clip, stem, captions[1], device, dtype)
-    image, text = (replace(tower.to(device, dtype), backend=config.backend) for tower in (clip.image, clip.text))
+    backend = read_backend(config.backend)
+    image, text = (replace(tower.to(device, dtype), backend=backend) for tower in (clip.image, clip.text))
     batches = _PixelBatches(pixels, transform)
     return _Parts(clip, image, text, moved_stem(clip.image_stem, device), captions, prompts, batches, device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ DEMONSTRATION: dict[str, Any] = {"rounds": 20, "lr": 1e-3}
 # FEDDLP's learning rate in its authors' code, and torch's AdamW.
 DEFAULTS: dict[str, Any] = {"lr": 1e-5, "optimizer": "adamw", "eps": 1e-8, "weight_decay": 0.0}
 _MOST = 3e38  # what fp32 holds, nearly
+# What is asked for, or what `--backend auto` measured, as `fastdlp.selection` writes it.
+BACKENDS = ("auto", "triton", "torch")
+_SELECTION = re.compile(r"\w+@[1-9]\d{0,9}=(triton|torch)(,\w+@[1-9]\d{0,9}=(triton|torch))*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,9 @@ class TrainConfig:
     # machine
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
-    backend: Literal["auto", "triton", "torch"] = "auto"
+    backend: str = "auto"
     micro_batch: int | None = None
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None  # None: on a CUDA GPU, where the first replays are right
 
     # record
     out: str | None = None
@@ -199,6 +203,8 @@ class TrainConfig:
             raise FastdlpError("--report validation needs validation samples: pass --val-fraction, for example 0.1")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise FastdlpError(f"unknown --device {self.device!r}: choose from auto, cpu, cuda, cuda:N")
+        if self.backend not in BACKENDS and not _SELECTION.fullmatch(self.backend):
+            raise FastdlpError(f"unknown --backend {self.backend!r}: choose from {', '.join(BACKENDS)}")
         if self.template is not None and self.template.count("{}") != 1:
             raise FastdlpError(f"--template {self.template!r} must hold one {{}} where the class name goes")
 

@@ -10,6 +10,7 @@ import torch
 
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
+from fastdlp.selection import read_backend
 from fastdlp.shards import ALONE, Shards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,15 +51,28 @@ def _own_gpu(name: str, local_rank: int) -> torch.device:
 
 
 def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int = 0) -> Any:
-    """The form of the kernels that `--backend` names, "triton" or "torch"; `ranks` of the widest linear.
+    """The form of the kernels that `--backend` names, "triton" or "torch", or a selection that a run has recorded;
+    `ranks` of the widest linear.
 
     Raises:
         FastdlpError: Triton asked for where it cannot run.
     """
+    asked = read_backend(name)
     try:
-        return choose_backend(name, device, dtype, ranks)
+        form = choose_backend(asked if isinstance(asked, str) else "triton", device, dtype, ranks)
     except ValueError as error:
         raise FastdlpError(f"--backend {name}: {error}") from None
+    return form if isinstance(asked, str) else asked
+
+
+def must_measure(name: str, device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
+    """Whether `--backend auto` has both forms to choose from, and no measured table that has chosen for it."""
+    if name != "auto" or device.type != "cuda" or choose_backend(name, device, dtype, ranks) == "triton":
+        return False
+    try:
+        return choose_backend("triton", device, dtype, ranks) == "triton"
+    except ValueError:
+        return False
 
 
 def memory_of(device: torch.device) -> int:

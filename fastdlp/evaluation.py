@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastdlp.device import pick_device
 from fastdlp.errors import FastdlpError
 from fastdlp.exchange import load_client, load_tensors
 from fastdlp.export.score import prepare_with_adapter
@@ -46,7 +47,9 @@ def evaluate(
     if folder.summary() is None:
         raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
     config = folder.config()
-    config = replace(config, device=device or config.device, data_dir=data_dir or config.data_dir)
+    config = replace(config, device=device or config.device, data_dir=data_dir or config.data_dir, cuda_graph=False)
+    if config.backend != "torch" and pick_device(config.device).type == "cpu":  # of a run on a GPU
+        config = replace(config, backend="torch")
     partition = folder.path / PARTITION
     if adapter is not None:
         federation = prepare_with_adapter(config, adapter, listener.preparing, partition)

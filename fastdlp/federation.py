@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from fastdlp.data.partition import SCHEMES, Partition, load_partition, make_part
 from fastdlp.data.select import hold_out, keep_shots
 from fastdlp.data.sources import load_source
 from fastdlp.data.transform import Transform
-from fastdlp.device import DTYPES, pick_backend, pick_device
+from fastdlp.device import DTYPES, must_measure, pick_backend, pick_device
 from fastdlp.engine import Engine, Schedule, Slot
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method, resolve
@@ -32,9 +31,12 @@ from fastdlp.methods.base import Method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
 from fastdlp.processes import refuse_several
-from fastdlp.replay import CudaGraphs
+from fastdlp.replay import cuda_graphs
+from fastdlp.selection import Selection, form_of, read_backend
 from fastdlp.shards import ALONE, Shards
 from fastdlp.sites import Branch
+from fastdlp.task import ImageTask, TextTask
+from fastdlp.units import Load, measured
 
 PACKED = 3  # adapters on the widest linear: q, k and v
 
@@ -74,6 +76,7 @@ def prepare(
     tell: Callable[[str], None] = lambda text: None,
     partition_file: Path | None = None,
     shards: Shards | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Federation:
     """Build a run from a config.
 
@@ -82,11 +85,12 @@ def prepare(
         tell: told in a line what is being done.
         partition_file: take the partition from this file instead of from the config (a run's own record).
         shards: the processes that share the run; None refuses to run in several.
+        notice: told in a line what was found out about the machine, now or in the first steps.
 
     Raises:
         FastdlpError: anything in the config that does not fit the machine, the data or the model.
     """
-    return prepare_together([config], tell, partition_file, shards)[0]
+    return prepare_together([config], tell, partition_file, shards, notice)[0]
 
 
 def prepare_together(
@@ -94,6 +98,7 @@ def prepare_together(
     tell: Callable[[str], None] = lambda text: None,
     partition_file: Path | None = None,
     shards: Shards | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> list[Federation]:
     """Build runs that differ in learning rates, ξ, α and seed alone, as federations of one engine.
 
@@ -108,10 +113,7 @@ def prepare_together(
     check_name(config.dataset)
     device = pick_device(config.device, shards)
 
-    if config.cuda_graph and (device.type != "cuda" or method.streamed):
-        reason = f"--device is {device}" if device.type != "cuda" else f"--method {method.name} takes clients in turn"
-        raise FastdlpError(f"--cuda-graph records a step of many clients on a CUDA GPU, but {reason}: leave it out")
-
+    graphs = may_graph(config.cuda_graph, method, device)
     tell(f"weights of {config.model}")
     clip = load_clip(config.model, config.pretrained, config.seed)
     transform = clip.transform if config.transform == "model" else replace(clip.transform, resize_mode="squash")
@@ -123,10 +125,12 @@ def prepare_together(
 
     ranks = PACKED * sum(branch.rank for branch in method.branches() if isinstance(branch, Branch))
     backend = pick_backend(config.backend, device, DTYPES[config.precision], ranks)
+    unknown = must_measure(config.backend, device, DTYPES[config.precision], ranks)
     tell("frozen features")
-    built = build_task(replace(config, backend=backend), method, clip, pixels, transform, device)
+    planned = replace(config, backend="triton" if unknown else str(backend), cuda_graph=graphs)
+    built = build_task(planned, method, clip, pixels, transform, device)
     micro_batch = config.micro_batch or built.micro_batch
-    configs = [replace(c, clients=partition.clients, backend=backend, micro_batch=micro_batch) for c in configs]
+    configs = [replace(c, clients=partition.clients, micro_batch=micro_batch) for c in configs]
 
     slots = [
         Slot(train, test, number, client, c.seed, val)
@@ -137,15 +141,67 @@ def prepare_together(
     objective = Objective(config.task_loss, config.kd_direction, config.kd_temperature, config.kd_logits)  # type: ignore[arg-type]
     # A GPU is bound by launches, which a larger batch saves. A CPU gains little, so runs keep their own shapes.
     mixed = device.type != "cpu"
-    schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed, padded=config.cuda_graph)
-    runner = partial(CudaGraphs, device=device) if config.cuda_graph else None
+    # Padded wherever graphs may run, whether or not the first steps keep them: who goes on later pads alike.
+    schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed, padded=graphs)
+    runner = cuda_graphs(device, bank.tensors, None if config.cuda_graph else notice) if graphs else None
     hyper = _hyperparameters(configs, bank, partition.clients)
+    if config.backend == "auto":
+        if unknown and shards.leads:
+            tell("the faster form of the kernels")
+            backend = _measured(built, method, bank, hyper, schedule, slots, shards, notice)
+        backend = read_backend(shards.agreed(str(backend)))
+    _use(backend, built, bank)
+    # Where graphs may run, None stays: a resumed run pads alike, and looks at its first replays again.
+    configs = [replace(c, backend=str(backend), cuda_graph=c.cuda_graph if graphs else False) for c in configs]
     engine = Engine(method, bank, built.task, objective, hyper, slots, pixels.labels, schedule, shards, runner)
     fingerprint = clip.fingerprint()
     return [
         Federation(c, engine, pixels, partition, fingerprint, number, built.weight_bytes)
         for number, c in enumerate(configs)
     ]
+
+
+def may_graph(asked: bool | None, method: Method, device: torch.device) -> bool:
+    """Whether steps are cut for CUDA graphs: where they can be, unless `--no-cuda-graph` says otherwise.
+
+    Raises:
+        FastdlpError: asked for where they cannot be.
+    """
+    can = device.type == "cuda" and not method.streamed
+    if asked and not can:
+        reason = f"--device is {device}" if device.type != "cuda" else f"--method {method.name} takes clients in turn"
+        raise FastdlpError(f"--cuda-graph records a step of many clients on a CUDA GPU, but {reason}: leave it out")
+    return can and asked is not False
+
+
+def _measured(
+    built: Built,
+    method: Method,
+    bank: AdapterBank,
+    hyper: Hyperparameters,
+    schedule: Schedule,
+    slots: Sequence[Slot],
+    shards: Shards,
+    notice: Callable[[str], None],
+) -> str | Selection:
+    """What `--backend auto` finds for these steps; torch for a task that has no LoRA in a tower."""
+    task = built.task
+    if not isinstance(task, ImageTask | TextTask):
+        return "torch"
+    scored = min(task.scoring_batch, max(len(slot.test) for slot in slots))
+    clients = -(-len(slots) // shards.count)
+    rows = task.rows(schedule.batch_size)
+    load = Load(clients, rows, task.rows(scored), schedule.micro_batch, schedule.padded)
+    selection = measured(task.tower, built.tokens, method, bank, hyper, load)
+    notice(f"--backend auto: {selection.reason}")
+    return selection
+
+
+def _use(backend: str | Selection, built: Built, bank: AdapterBank) -> None:
+    """Let the tower with the adapters and the optimiser take their forms."""
+    if isinstance(built.task, ImageTask | TextTask):
+        built.task.tower = replace(built.task.tower, backend=backend)
+    bank.backend = form_of(backend, "optimizer", bank.slots)
 
 
 def init_words(seed: int, shared: bool, clients: int) -> list[list[int]]:
@@ -227,7 +283,7 @@ def _bank(
         raise FastdlpError(f"--method {method.name} keeps one copy of all weights: train one configuration at a time")
     rows = 1 if method.streamed else clients * len(configs)
     try:
-        bank = AdapterBank(built.sites, method.branches(), rows, device, config.backend, built.shapes)
+        bank = AdapterBank(built.sites, method.branches(), rows, device, shapes=built.shapes)
     except RuntimeError:  # torch's for memory that it does not get
         raise FastdlpError(
             f"what {rows} clients train does not fit the memory: use a smaller --rank-local and --rank-global, or "

@@ -25,6 +25,7 @@ class Listener:
     """What a caller may be told while a run goes on, and ask of it. Every field may be left as it is."""
 
     preparing: Callable[[str], None] = lambda text: None  # a line: what is being prepared
+    notice: Callable[[str], None] = lambda text: None  # a line: what was found out about the machine
     started: Callable[[Path, Federation, float, int], None] = lambda run, federation, zero_shot, finished: None
     finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # of metrics.jsonl; of several runs, the best
     should_stop: Callable[[], bool] = lambda: False  # asked after each round; True raises Stopped

@@ -99,11 +99,18 @@ class Shards:
         """Whether it is so in any process."""
         return any(self.gather(flag))
 
+    def agreed(self, value: str) -> str:
+        """What the first process says. Within `together`, where another process may have failed instead."""
+        told = self.gather([value])
+        if failed := [message for message in told if not isinstance(message, list)]:
+            raise _Elsewhere(failed[0])
+        return told[0][0]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A FastdlpError in the block, in any process, is raised in all of them when all have come to its end.
 
-        Processes that wait for each other within the block do so through `in_turn` alone.
+        Processes that wait for each other within the block do so through `in_turn` and `agreed` alone.
         """
         try:
             yield

@@ -103,7 +103,7 @@ def sweep(config: TrainConfig, grid: Grid, overwrite: bool = False, listener: Li
         raise FastdlpError("a sweep needs a folder: pass --out")
     path = Path(config.out)
     SweepFolder.check_free(path, overwrite)
-    federations = prepare_together(list(members.values()), listener.preparing)
+    federations = prepare_together(list(members.values()), listener.preparing, notice=listener.notice)
     federations = [replace(f, config=replace(f.config, out=str(path / n))) for n, f in zip(members, federations)]
     folder = SweepFolder.create(path, list(members), overwrite)
     for name, f in zip(members, federations):
@@ -128,7 +128,8 @@ def resume_sweep(path: Path, listener: Listener | None = None) -> dict[str, Any]
         same = {name: getattr(configs[0], name) for name in ("lr", "gate_lr", "alpha", "seed", "out")}
         if replace(config, **same) != configs[0]:
             raise FastdlpError(f"{config.out} has other options than the sweep's first member: put its config back")
-    federations = prepare_together(configs, listener.preparing, path / folder.members[0] / PARTITION)
+    partition = path / folder.members[0] / PARTITION
+    federations = prepare_together(configs, listener.preparing, partition, notice=listener.notice)
     finished = 0
     if (path / CHECKPOINT).exists():
         engine = federations[0].engine

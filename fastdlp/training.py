@@ -80,7 +80,7 @@ def _train(configs: Sequence[TrainConfig], overwrite: bool, listener: Listener, 
         for path in paths if shards.leads else ():
             RunFolder.check_free(path, overwrite)
     with shards.together():
-        prepared = prepare_together(configs, listener.preparing, shards=shards)
+        prepared = prepare_together(configs, listener.preparing, shards=shards, notice=listener.notice)
     federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
     with ExitStack() as stack:
         with shards.together():
@@ -142,7 +142,7 @@ def _resume(
         summary = run.summary()
         if summary is not None and summary["rounds"] == asked.rounds:
             return summary
-        federation = prepare(asked, listener.preparing, run.path / PARTITION, shards)
+        federation = prepare(asked, listener.preparing, run.path / PARTITION, shards, listener.notice)
         finished = restore(run, federation)
         if finished > (asked.rounds or 0):
             raise FastdlpError(

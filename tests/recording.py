@@ -6,18 +6,18 @@ unchanged at every replay, as in a graph. So a step that replays right on other 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdlp.plan import Shape
-from fastdlp.replay import Step
+T = TypeVar("T")
 
 
-class _Recorder(TorchDispatchMode):
+class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -31,39 +31,29 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
-class Recorded:
-    """Runs a step as `replay.CudaGraphs` does: the first of a shape as it is, the second recorded, then replayed."""
+class Recorder:
+    """A `replay.Recorder` whose recording runs the call as well, which a CUDA graph's does not."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.seen: dict[Shape, Any] = {}
+    def __init__(self) -> None:
         self.replays = 0
 
-    def __call__(self, words: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
-        if shape not in self.seen:
-            self.seen[shape] = None
-            return self.step(words, shape, staged)
-        if self.seen[shape] is None:
-            held, pixels = words.clone(), None if staged is None else staged.clone()
-            with _Recorder() as recorder:
-                losses = self.step(held, shape, pixels)
-            self.seen[shape] = (recorder.calls, held, pixels, losses)
-            return losses.clone()
-        return self._replay(*self.seen[shape], words, staged)
+    def run(self, call: Callable[[], T]) -> T:
+        return call()
 
-    @torch.no_grad()
-    def _replay(
-        self, calls: Any, held: Tensor, pixels: Tensor | None, losses: Tensor, words: Tensor, staged: Tensor | None
-    ) -> Tensor:
-        held.copy_(words)
-        if pixels is not None and staged is not None:
-            pixels.copy_(staged)
-        for func, args, kwargs, out in calls:
-            if func.is_view:
-                continue
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old is not new and old.data_ptr() != new.data_ptr():
-                    old.detach().copy_(new)
-        self.replays += 1
-        return losses.clone()
+    def record(self, call: Callable[[], T]) -> Callable[[], T]:
+        with _Calls() as recorded:
+            result = call()
+
+        @torch.no_grad()
+        def replay() -> T:
+            self.replays += 1
+            for func, args, kwargs, out in recorded.calls:
+                if func.is_view:
+                    continue
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor) and old is not new and old.data_ptr() != new.data_ptr():
+                        old.detach().copy_(new)
+            return result
+
+        return replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from fastdlp.engine import Engine, Schedule, Slot, epoch_order
 from fastdlp.methods import make_method
 from fastdlp.objective import Objective
 from fastdlp.optimiser import Hyperparameters
+from fastdlp.replay import GraphedSteps
 from fastdlp.resident import TokenSource
 from fastdlp.sites import tower_sites
 from fastdlp.task import ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
 from tests.models import tiny_clip
-from tests.recording import Recorded
+from tests.recording import Recorder
 from tests.steps import Images
 
 SIZES = (1, 31, 32, 33, 100)
@@ -73,7 +75,7 @@ def engine(
         options.pop("micro_batch", 10_000),
         padded=options.pop("padded", False),
     )
-    runner = options.pop("runner", None)
+    recorder = options.pop("recorder", None)
     m = make_method(config)
     bank = AdapterBank(tower_sites(clip.tower(encoder).shape), m.branches(), len(chosen))
     words = {"local": [[s.client] for s in chosen], "global": [[99]] * len(chosen), "frozen": [[99]] * len(chosen)}
@@ -85,6 +87,7 @@ def engine(
     total = max(sum(SIZES) + sum(TESTS), sum(len(s.train) + len(s.test) for s in chosen))
     labels = np.arange(total) % len(CLASSES)
     task = task_of(clip, encoder, total, resident)
+    runner = partial(GraphedSteps, recorder=recorder, state=bank.tensors) if recorder else None
     return Engine(m, bank, task, Objective(**options), hyper, chosen, labels, schedule, runner=runner)
 
 
@@ -180,13 +183,14 @@ def test_a_recorded_step_takes_nothing_from_the_host(
 ) -> None:
     """Replayed with other clients' inputs it computes what it computes when it runs anew, to the bit."""
     options = VARIANTS[variant] | {"padded": True, "micro_batch": 64, "local_epochs": 2, "resident": resident}
-    plain, recorded = (engine(clip, slots(), encoder, method, runner=runner, **options) for runner in (None, Recorded))
+    recorder = Recorder()
+    plain, recorded = (engine(clip, slots(), encoder, method, recorder=r, **options) for r in (None, recorder))
     for number in (1, 2):
         losses, theirs = recorded.train_round(number), plain.train_round(number)
         for name, mean in theirs.means.items():
             assert np.array_equal(losses.means[name], mean), name
         recorded.aggregate(), plain.aggregate()
-    assert recorded.run.replays >= 8
+    assert recorder.replays >= 8
     for slot in slots():
         for name, value in rows(plain)[slot.client].items():
             assert torch.equal(rows(recorded)[slot.client][name], value), name

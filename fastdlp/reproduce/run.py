@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastdlp.training import Listener
 
 # Where and how a run is computed, which is the machine's affair, and what else it writes down.
-_MACHINE = ("device", "backend", "micro_batch", "trace")
+_MACHINE = ("device", "backend", "micro_batch", "cuda_graph", "trace")
 _POLL = 0.2  # seconds
 
 
