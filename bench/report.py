@@ -32,7 +32,7 @@ def _round_cells(baselines: list[str], wide: bool, memory: bool) -> dict[str, Ca
         cells["×\n" + "\n".join(label.split())] = partial(_times, label)
     cells |= {
         "peak\nGB": lambda row: f"{row['peak_bytes'] / 1e9:.2f}",
-        "kernels": lambda row: f"{row['kernels']:,}",
+        "kernels": lambda row: "-" if row["kernels"] is None else f"{row['kernels']:,}",
         "of\npeak": lambda row: f"{row['peak_share']:.0%}",
         "÷ frozen": lambda row: "-" if row["times_products"] is None else f"{row['times_products']:.2f}",
         "loss\nerror": _error,
@@ -110,7 +110,9 @@ def print_kernels(result: dict[str, Any], console: Console) -> None:
         console.print(escape(note), style="yellow", highlight=False)
     console.print(
         f"measured peak {result['peak_tflops']:.3g} TFLOP/s, copy {result['copy_gbytes_per_s']:.3g} GB/s; ×: times the "
-        "frozen product's; TFLOP/s: of both passes, of forward where there is no backward",
+        "frozen product's; TFLOP/s: of both passes, of forward where there is no backward; timed by replaying a graph: "
+        f"{sum(row['timed'] == 'graph' for row in result['rows'])} rows, by calls: "
+        f"{sum(row['timed'] == 'calls' for row in result['rows'])}",
         highlight=False,
     )
     console.print(_where(result), highlight=False)

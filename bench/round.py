@@ -4,7 +4,9 @@ C clients with S batches each, every client and batch with images of its own; on
 adapter. `image_forms.py` and `text_forms.py` say which forms there are; here they are checked, timed in turn, and told.
 
 No form is timed before the losses of every client's first steps agreed with an independent form's in fp32 on the same
-weights, adapters and images, updates and the average included; a row says which steps were compared.
+weights, adapters and images, updates and the average included; a row says which steps were compared. The first timed
+round of a form follows its check, so that a run that is killed has told all forms so far; the other rounds are taken in
+turn, so that a disturbance of the machine meets every form.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from fastdlp.bench.products import FrozenProducts
 from fastdlp.bench.round_check import TOLERANCE, compare
 from fastdlp.bench.round_form import BASELINES, Form
 from fastdlp.bench.runner import Losses, Runner
+from fastdlp.bench.survive import survive
 from fastdlp.bench.text_forms import text_forms, text_references
 from fastdlp.device import DTYPES
 from fastdlp.errors import FastdlpError
@@ -54,6 +57,7 @@ class Setting:
     with_peft: bool = True
     only: tuple[str, ...] = ()
     template: str = TEMPLATE
+    with_launches: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ class Row:
     ms_80: float
     images_per_s: float
     times: dict[str, float]  # how many times as fast, by baseline
+    rounds: int  # timed
     peak_bytes: int | None  # on a GPU
-    kernels: int
+    kernels: int | None  # None: not counted
     flop: int
     peak_share: float
     ms_products: float | None  # of the step's frozen products alone, the median; of fastdlp's forms
@@ -96,19 +101,26 @@ class _Made:
     own_bytes: int
     peak_bytes: int
     products: FrozenProducts | None = None
-    kernels: int = 0
+    kernels: int | None = None
     seconds: list[float] = field(default_factory=list)
     products_seconds: list[float] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        return f"{self.form.name} in {self.precision}"
 
-def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Check and measure all chosen forms in one run.
+
+def bench_round(
+    setting: Setting, tell: Callable[[str], None], save: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
+    """Check and measure all chosen forms in one run; `save` gets the result so far whenever a form has got further.
+
+    A form that computes other losses, or dies, is not timed: "failed" says of each what happened.
 
     Raises:
-        FastdlpError: PEFT is wanted and not installed, nothing is chosen, or a form computes other losses.
+        FastdlpError: PEFT or open_clip is wanted and not installed, or nothing is chosen.
     """
     versions = {"torch": torch.__version__, **(peft_versions() if setting.with_peft else {})}
-    tell("weights and images")
     problem = make_problem(setting.model, setting.batch, setting.clients, setting.steps, template=setting.template)
     if setting.encoder == "text":
         forms = text_forms(problem, setting.backends, setting.with_peft)
@@ -123,19 +135,44 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
     ]
     if not chosen:
         raise FastdlpError("no form is left: --only, --precision and --without-peft exclude them all")
-    with _fp32_convolutions():
-        made = _checked(problem, chosen, setting, tell)
-    for m in made:
-        tell(f"{m.form.name}, {m.precision}: kernels")
-        small = problem.small(1 if m.form.in_turn else problem.clients)
-        operations, kernels = count(m.form.make(small, m.precision, torch.device("cpu")).step)
-        m.kernels = (operations.total() + kernels.total()) * (problem.clients if m.form.in_turn else 1)
-    for repeat in range(setting.repeats):  # in turn, so that a disturbance of the machine meets every form
-        for m in made:
-            tell(f"{m.form.name}, {m.precision}: {repeat + 1} of {setting.repeats}")
-            _time(m, setting.device)
     tell("the peak")
-    peaks = {p: peak_flops(DTYPES[p], setting.device, PEAK_MS) for p in dict.fromkeys(m.precision for m in made)}
+    peaks = {p: peak_flops(DTYPES[p], setting.device, PEAK_MS) for p in dict.fromkeys(p for _, p in chosen)}
+    facts = _facts(problem, setting, peaks, versions)
+    made: list[_Made] = []
+    failed: list[str] = []
+
+    def keep() -> dict[str, Any]:
+        timed = [m for m in made if m.seconds]
+        result = {
+            **facts,
+            "rows": [asdict(_row(m, timed, setting, peaks[m.precision])) for m in timed],
+            "failed": failed,
+        }
+        save(result)
+        return result
+
+    expected: dict[tuple[str, str], tuple[str, Losses]] = {}
+    for form, precision in chosen:
+        tell(f"{form.name}, {precision}: first losses")
+        with survive(f"{form.name} in {precision}", failed):
+            with _fp32_convolutions():
+                made.append(_checked(form, precision, problem, setting, expected))
+            _time(made[-1], setting.device)
+        keep()
+    for repeat in range(1, setting.repeats):
+        for m in [m for m in made if len(m.seconds) == repeat]:  # those that did not fail before
+            tell(f"{m.name}: {repeat + 1} of {setting.repeats}")
+            with survive(m.name, failed):
+                _time(m, setting.device)
+            keep()
+    for m in made if setting.with_launches else []:  # on the CPU, so that no GPU waits for it between rounds
+        tell(f"{m.name}: kernels")
+        m.kernels = _launches(m, problem)
+    return keep()
+
+
+def _facts(problem: Problem, setting: Setting, peaks: dict[str, float], versions: dict[str, str]) -> dict[str, Any]:
+    """What a result says beside its rows."""
     longest = int(problem.clip.text_stem.pooled(problem.ids).max()) + 1
     samples = "images" if setting.encoder == "image" else f"images, {CLASSES} prompts of up to {longest} tokens"
     return {
@@ -154,39 +191,49 @@ def bench_round(setting: Setting, tell: Callable[[str], None]) -> dict[str, Any]
         "learning_rate": LR,
         "tolerance": TOLERANCE,
         "peak_tflops": {precision: peak / 1e12 for precision, peak in peaks.items()},
-        "rows": [asdict(_row(m, made, setting, peaks[m.precision])) for m in made],
         **machine(setting.device),
         "versions": versions | {"python": platform.python_version()},
     }
 
 
 def _checked(
-    problem: Problem, chosen: Sequence[tuple[Form, str]], setting: Setting, tell: Callable[[str], None]
-) -> list[_Made]:
-    """Every form set up, the losses of its first steps compared with those in fp32 at the same learning rate."""
-    references = text_references if setting.encoder == "text" else image_references
-    expected: dict[tuple[str, str], tuple[str, Losses]] = {}  # by losses and the precision that is compared with them
-    made = []
-    for form, precision in chosen:
-        tell(f"{form.name}, {precision}: first losses")
-        before = _start_of_memory(setting.device)
-        posed = replace(problem, lr=LR[precision])
-        runner = form.make(posed, precision, setting.device)
-        m = _Made(form, precision, runner, "itself", 0, {}, *_memory(setting.device, before))
-        losses = runner.first_steps()
-        if form.is_reference and precision == "fp32":
-            expected[form.losses, precision] = form.name, losses
-        else:
-            if (form.losses, precision) not in expected:
-                name, first_steps = references(posed, setting.device, setting.with_peft)[form.losses]
-                expected[form.losses, precision] = name, first_steps()
-            m.compared_with, right = expected[form.losses, precision]
-            m.errors = compare(f"{form.name} in {precision}", precision, losses, m.compared_with, right)
-            m.compared_steps = len(next(iter(right.values())))
-        if form.backend is not None and isinstance(runner, EngineRounds):
-            m.products = runner.products(form.forwards, form.backwards)
-        made.append(m)
-    return made
+    form: Form,
+    precision: str,
+    problem: Problem,
+    setting: Setting,
+    expected: dict[tuple[str, str], tuple[str, Losses]],
+) -> _Made:
+    """The form set up, the losses of its first steps compared with those in fp32 at the same learning rate.
+
+    Args:
+        expected: by losses and the precision that is compared with them, whose they are and what; filled when missing.
+    """
+    before = _start_of_memory(setting.device)
+    posed = replace(problem, lr=LR[precision])
+    runner = form.make(posed, precision, setting.device)
+    m = _Made(form, precision, runner, "itself", 0, {}, *_memory(setting.device, before))
+    losses = runner.first_steps()
+    key = form.losses, precision
+    if form.is_reference and precision == "fp32":
+        expected[key] = form.name, losses
+    else:
+        if key not in expected:
+            references = text_references if setting.encoder == "text" else image_references
+            name, first_steps = references(posed, setting.device, setting.with_peft)[form.losses]
+            expected[key] = name, first_steps()
+        m.compared_with, right = expected[key]
+        m.errors = compare(m.name, precision, losses, m.compared_with, right)
+        m.compared_steps = len(next(iter(right.values())))
+    if form.backend is not None and isinstance(runner, EngineRounds):
+        m.products = runner.products(form.forwards, form.backwards)
+    return m
+
+
+def _launches(made: _Made, problem: Problem) -> int:
+    """Of a step of all clients, counted on the CPU."""
+    clients = problem.clients if made.form.in_turn else 1
+    small = problem.small(problem.clients // clients)
+    return count(made.form.make(small, made.precision, torch.device("cpu")).step).total * clients
 
 
 @contextmanager
@@ -240,7 +287,7 @@ def _memory(device: torch.device, before: int) -> tuple[int, int]:
 
 def _row(made: _Made, all_made: Sequence[_Made], setting: Setting, peak: float) -> Row:
     form, a_step = made.form, [seconds / setting.steps for seconds in made.seconds]
-    low, *_, high = statistics.quantiles(a_step, n=5, method="inclusive")
+    low, *_, high = statistics.quantiles(a_step * 2 if len(a_step) == 1 else a_step, n=5, method="inclusive")
     middle = statistics.median(a_step)
     products = statistics.median(made.products_seconds) if made.products_seconds else None
     times = {}
@@ -261,6 +308,7 @@ def _row(made: _Made, all_made: Sequence[_Made], setting: Setting, peak: float) 
         high * 1e3,
         setting.clients * setting.batch / middle,
         times,
+        len(a_step),
         made.peak_bytes if setting.device.type == "cuda" else None,
         made.kernels,
         form.flop,

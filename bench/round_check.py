@@ -36,6 +36,6 @@ def compare(form: str, precision: str, losses: Losses, other: str, right: Losses
                 raise FastdlpError(
                     f"{form} does not compute the losses of {other}: {name} of client {client} in step {step + 1} is "
                     f"{losses[name][step, client]:.6g}, expected {shared[name][step, client]:.6g} (allowed "
-                    f"±{allowed:.0e} of its largest); nothing was timed"
+                    f"±{allowed:.0e} of its largest); it was not timed"
                 )
     return errors

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,9 @@ def round_(
         str, typer.Option("--template", help="Of the class prompts, with one {} for the name.")
     ] = "a photo of a {}.",
     without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave out what needs PEFT.")] = False,
+    without_launches: Annotated[
+        bool, typer.Option("--without-launches", help="Count no kernels, which takes the CPU some seconds a form.")
+    ] = False,
     output: Output = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw images a second to this PNG.")] = None,
     as_json: Json = False,
@@ -90,12 +94,14 @@ def round_(
         not without_peft and encoder == "image",  # no form of the text encoder needs it
         tuple(only or ()),
         template,
+        not without_launches,
     )
-    with console.err.status("preparing") as status:
-        result = bench_round(setting, status.update)
+    with console.telling("weights and images") as tell:
+        result = bench_round(setting, tell, _saving(output))
     _deliver(_json(result), output, as_json, lambda: print_round(result, console.out))
-    if plot is not None:
+    if plot is not None and result["rows"]:
         write_atomic(plot, draw_round(result))
+    _exit_if(result["failed"])
 
 
 @bench_app.command()
@@ -104,16 +110,17 @@ def launches(
         str, typer.Option("--model", help="An open_clip model; its weights are random here.")
     ] = "ViT-B-32-quickgelu",
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a client; for the bytes.")] = 2,
     without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave the baseline out.")] = False,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Count the kernels that one FEDDLP step launches, in every form. Needs no GPU."""
+    """Count the kernels that one FEDDLP step launches in every form, and the bytes they move. Needs no GPU."""
     from fastdlp.bench.launches import bench_launches, markdown
     from fastdlp.cli import console
 
     with console.err.status("counting"):
-        result = bench_launches(model, clients, not without_peft)
+        result = bench_launches(model, clients, not without_peft, batch_size)
     _deliver(_json(result), output, as_json, lambda: print(markdown(result["rows"]), end=""))
 
 
@@ -155,7 +162,7 @@ def kernels(
     _known("--model", models, TOWERS)
     _known("--linear", linears, LINEARS)
     _known("--dtype", [precision], DTYPES)
-    with console.err.status("measuring the peak") as status:
+    with console.telling("measuring the peak") as tell:
         result = bench_kernels(
             {name: TOWERS[name] for name in models},
             clients or ([1, 10, 100] if gpu else [1]),
@@ -164,9 +171,43 @@ def kernels(
             batch_size,
             milliseconds,
             on,
-            status.update,
+            tell,
+            _saving(output),
         )
     _deliver(_json(result), output, as_json, lambda: print_kernels(result, console.out))
+    _exit_if(result["failed"])
+
+
+@bench_app.command()
+def profile(
+    model: Annotated[
+        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
+    ] = "ViT-B-32-quickgelu",
+    clients: Annotated[
+        int | None, typer.Option("--clients", min=1, help="That step together.", show_default="10, on a CPU 1")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a client.")] = TrainConfig.batch_size,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32 or bf16.", show_default="fp32, on CUDA bf16")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="auto, triton or torch.")] = TrainConfig.backend,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """The kernels of one FEDDLP step by torch's profiler, for each teacher; on a GPU of the replayed step."""
+    from fastdlp.bench.profile import bench_profile, print_profile
+    from fastdlp.cli import console
+    from fastdlp.device import DTYPES, pick_backend, pick_device
+
+    on = pick_device(device)
+    gpu = on.type == "cuda"
+    dtype = precision or ("bf16" if gpu else "fp32")
+    _known("--precision", [dtype], DTYPES)
+    chosen = pick_backend(backend, on, DTYPES[dtype])
+    with console.telling("preparing") as tell:
+        result = bench_profile(model, clients or (10 if gpu else 1), batch_size, dtype, chosen, on, tell)
+    _deliver(_json(result), output, as_json, lambda: print_profile(result, console.out))
 
 
 @bench_app.command()
@@ -176,12 +217,21 @@ def tune(
         list[str] | None, typer.Option("--dtype", help="fp32, bf16; may be given twice.", show_default="bf16, fp32")
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", min=0.0, help="When to stop; the rest keeps its rows.")] = 4.0,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes", min=0, help="That compile beforehand; 0: none.", show_default="one a core, up to 16"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cuda or cuda:N.")] = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", help="Where to write the table.", show_default="kernels/tiles.json")
     ] = None,
 ) -> None:
-    """Measure this GPU's tiles for the Triton kernels and write the table that `--backend auto` goes by."""
+    """Measure this GPU's tiles for the Triton kernels and write the table that `--backend auto` goes by.
+
+    The table is written whenever there are new rows, so a run that is killed keeps what it found.
+    """
     from fastdlp.bench.report import print_tune
     from fastdlp.bench.tune import TABLE, format_table
     from fastdlp.bench.tune import tune as measure_table
@@ -190,10 +240,18 @@ def tune(
 
     precisions = dtype or ["bf16", "fp32"]
     _known("--dtype", precisions, DTYPES)
-    with console.err.status("preparing") as status:
-        result = measure_table(pick_device(device), arch, precisions, minutes, status.update)
-    write_atomic(output or TABLE, format_table(result["tables"]))
+    with console.telling("preparing") as tell:
+        result = measure_table(
+            pick_device(device),
+            arch,
+            precisions,
+            minutes,
+            tell,
+            lambda tables: write_atomic(output or TABLE, format_table(tables)),
+            processes,
+        )
     print_tune(result, console.out)
+    _exit_if(result["failed"])
 
 
 @bench_app.command("compile")
@@ -204,27 +262,30 @@ def compile_kernels(
     small: Annotated[
         bool, typer.Option("--small", help="Take every tile, but not every rank, dtype and uneven batch.")
     ] = False,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="An earlier --output: also show what differs from it.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the table to this file.")] = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel in every configuration, without a GPU: registers, spills, shared memory, tensor code.
+    """Compile every kernel in every configuration, without a GPU: registers, shared memory, tensor code, main loop.
 
-    Exits with 1 where a kernel spills, takes too much shared memory or lacks the tensor cores' instructions.
+    Exits with 1 where a kernel spills, takes too much shared memory, lacks the tensor cores' instructions or waits for
+    each of them.
     """
     from fastdlp.bench.compile import SHARED_LIMIT, bench_compile, failures, print_compile, to_json, to_markdown
     from fastdlp.cli import console
 
     archs = arch or list(SHARED_LIMIT)
     _known("--arch", archs, SHARED_LIMIT)
+    before = None if baseline is None else _read_json(baseline)
     with console.err.status("preparing") as status:
         result = bench_compile(archs, small, status.update)
-    _deliver(to_json(result), output, as_json, lambda: print_compile(result, console.out))
+    _deliver(to_json(result), output, as_json, lambda: print_compile(result, before, console.out))
     if markdown is not None:
-        write_atomic(markdown, to_markdown(result))
-    if failed := failures(result):
-        console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1)
+        write_atomic(markdown, to_markdown(result, before))
+    _exit_if(failures(result))
 
 
 @bench_app.command()
@@ -344,6 +405,33 @@ def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 def _json(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=1) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FastdlpError(f"{path} is no JSON of an earlier result: {error}") from error
+
+
+def _saving(output: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Writes a result as far as it is, for who is killed; a disk that refuses is told at the end."""
+
+    def save(result: dict[str, Any]) -> None:
+        if output is not None:
+            with suppress(FastdlpError):
+                write_atomic(output, _json(result))
+
+    return save
+
+
+def _exit_if(failed: Sequence[str]) -> None:
+    """With 1, and the reasons on stderr: what was measured is written, and yet not all is well."""
+    from fastdlp.cli import console
+
+    if failed:
+        console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def _deliver(text: str, output: Path | None, as_json: bool, show: Callable[[], None]) -> None:

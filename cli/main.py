@@ -228,6 +228,10 @@ def main() -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name != "open_clip":  # the one package that is left out on purpose, where only kernels are measured
+            raise
+        _fail("open_clip is not installed, and this command builds a CLIP model: pip install open_clip_torch")
     except Exception as error:
         # Wrong usage is an exception of click, which Typer vendors or imports depending on its version.
         if not hasattr(error, "format_message"):

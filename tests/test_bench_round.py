@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from fastdlp.bench import (
 )
 from fastdlp.bench.image_forms import image_forms
 from fastdlp.bench.problem import Problem, make_problem
-from fastdlp.errors import FastdlpError
+from fastdlp.bench.report import print_round
+from fastdlp.cli import bench as cli_bench
+from fastdlp.cli import console
 from fastdlp.kernels import dual_lora
 from tests.conftest import CLI
 from tests.models import tiny_clip
@@ -69,6 +72,7 @@ def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
         assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
         assert row["images_per_s"] == pytest.approx(2 * 4 / row["ms_50"] * 1e3)
         assert row["kernels"] > 100
+        assert row["rounds"] == 2
         assert 0 < row["peak_share"] < 1
         assert row["peak_bytes"] is None
         if (name, precision) == ("PEFT", "fp32"):
@@ -98,7 +102,8 @@ def test_what_is_measured_by_default_passes_with_room() -> None:
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)
     posed = make_problem(setting.model, setting.batch)
     forms = [form for form in image_forms(posed, ("torch",), True) if form.name in ("PEFT", "fastdlp")]
-    _, ours = round._checked(posed, [(form, "fp32") for form in forms], setting, lambda text: None)
+    expected: dict[tuple[str, str], Any] = {}
+    _, ours = (round._checked(form, "fp32", posed, setting, expected) for form in forms)
     assert ours.compared_with == "PEFT"
     for name, errors in ours.errors.items():
         assert errors.max() < 0.1 * round_check.TOLERANCE["fp32"][name[:2]]
@@ -165,16 +170,54 @@ def test_a_wrong_form_is_refused(what: str, setting: round.Setting, monkeypatch:
         monkeypatch.setattr(engine, "Hyperparameters", lambda lr, *others: settings(1.5 * lr, *others))
     else:
         monkeypatch.setattr(full_baseline.FullRounds, "_epoch", _scaled(full_baseline.FullRounds._epoch))
-    with pytest.raises(FastdlpError, match="does not compute the losses of") as refusal:
-        measured(setting, precisions=("bf16" if "bf16" in what else "fp32",), only=(key,))
-    assert step in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    result = measured(setting, precisions=("bf16" if "bf16" in what else "fp32",), only=(key,))
+    assert result["rows"] == []
+    for refusal in result["failed"]:
+        assert "does not compute the losses of" in refusal
+        assert step in refusal
+        assert "\n" not in refusal
+    assert result["failed"]
 
 
 def _scaled(epoch: Any) -> Any:
     return lambda self, client, steps: [
         {n: 1.01 * loss for n, loss in one.items()} for one in epoch(self, client, steps)
     ]
+
+
+def test_a_result_grows_and_one_form_loses_no_other(
+    model: str, cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that dies in its second round keeps its first; a wrong one is told, and the exit code is of both."""
+    features = paper_baseline.PaperRounds._class_features
+    monkeypatch.setattr(paper_baseline.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
+    train, rounds, sizes = engine.EngineRounds.round, [0], []
+
+    def dies(self: Any) -> Any:
+        rounds[0] += 1
+        if rounds[0] == 3:
+            raise RuntimeError("an illegal memory access")
+        return train(self)
+
+    def keep(result: dict[str, Any]) -> None:
+        sizes.append(len(json.loads(json.dumps(result))["rows"]))
+
+    monkeypatch.setattr(engine.EngineRounds, "round", dies)
+    monkeypatch.setattr(cli_bench, "_saving", lambda output: keep)
+    command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 3, "--device", "cpu"]
+    command += ["--precision", "fp32", "--only", "peft", "--only", "paper", "--only", "fastdlp", "--without-launches"]
+    code, out, err = cli(*command, "--json", "--output", tmp_path / "round.json")
+    assert code == 1
+    result = json.loads(out)
+    wrong, died = result["failed"]
+    assert wrong.startswith("paper's way, 8 forwards in fp32 does not compute the losses of PEFT: ")
+    assert died == "fastdlp in fp32: RuntimeError an illegal memory access"
+    assert "illegal memory access" in err
+    assert {row["key"]: row["rounds"] for row in result["rows"]} == {"peft": 3, "fastdlp": 1}
+    assert all(row["kernels"] is None for row in result["rows"])
+    assert sizes[:3] == [1, 1, 2]
+    assert json.loads((tmp_path / "round.json").read_text()) == result
+    print_round(result, console.out)
 
 
 def test_text_rows(setting: round.Setting) -> None:
@@ -192,8 +235,8 @@ def test_text_rows(setting: round.Setting) -> None:
 def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     features = engine.frozen_image_features
     monkeypatch.setattr(engine, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
-    with pytest.raises(FastdlpError, match="fastdlp in fp32 does not compute the losses of all 20 tokens"):
-        measured(setting, encoder="text", only=("fastdlp",))
+    told = measured(setting, encoder="text", only=("fastdlp",))["failed"]
+    assert told[0].startswith("fastdlp in fp32 does not compute the losses of all 20 tokens")
 
 
 def test_operations_of_the_frozen_products(problem: Problem) -> None:
@@ -252,8 +295,10 @@ def test_files_are_written(model: str, cli: CLI, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_loses_no_result(model: str, cli: CLI, tmp_path: Path) -> None:
     command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 2, "--device", "cpu"]
     code, out, err = cli(*command, "--only", "flora", "--precision", "fp32", "--json", "--output", tmp_path)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "cannot write" in err
+    *progress, line = err.splitlines()
+    assert code == 2
+    assert "cannot write" in line
+    assert all(re.match(r" +\d+\.\d s  \S", told) for told in progress)
     assert json.loads(out)["rows"]
 
 
