@@ -23,7 +23,8 @@ def activation_bytes(shape: TowerShape, tokens: int, heads: int, itemsize: int, 
     Kept per token and block: the residual stream before each of its halves, q, k and v, attention's output and what
     the MLP's activation was given. torch's attention keeps its output in its own layout as well on a GPU; on a CPU the
     plain form keeps the probabilities. The Triton form holds shares of the adapters' gradients until the backward ends,
-    in fp32: SHARE_RANK for each input and output of a linear and SHARE_ROWS rows. (tests/test_memory.py counts.)
+    in fp32: SHARE_RANK for each input and output of a linear and SHARE_ROWS rows. (tests/test_memory.py counts all but
+    the shares.)
 
     Args:
         shape: of the tower.

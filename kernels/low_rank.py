@@ -154,6 +154,7 @@ class Folded:
         self.rank = sum(branch.rank for branch in branches)
         self.uses: list[Use] = []
         self.written: list[Use] = []  # of them, those that this backward reached
+        self._backward = -1  # autograd's number of the one that wrote them
         self._taken = 0  # entries of the workspace
         self._workspace: Tensor | None = None
 
@@ -183,6 +184,9 @@ class Folded:
 
     def shares(self, use: Use) -> tuple[Tensor, Tensor]:
         """T [chunks, parts, R, N] and dA [chunks, parts, R, K] of a use, fp32, to be written before they are summed."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # an earlier one may have ended before the sum, as where x alone is asked for
+            self._backward, self.written = backward, []
         self.written.append(use)
         workspace, part = self.workspace(), self.branches[0].parts[use.first]
         shape = (use.count(), use.end - use.first, self.rank)

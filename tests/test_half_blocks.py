@@ -222,6 +222,21 @@ def test_only_what_is_used_is_summed(device: torch.device) -> None:
             assert torch.equal(one, other)
 
 
+def test_a_backward_that_asks_for_x_alone_leaves_nothing_behind(device: torch.device) -> None:
+    """Its shares are never summed, so the next backward, which reaches the other half alone, must not find them."""
+    gradients = []
+    for before in (True, False):
+        p, x = small(device)
+        adapters = p.adapters()
+        y, z = mlp_half(p, adapters, x, False, True), attention_half(p, adapters, x, False, True)
+        if before:
+            torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        leaves = [leaf for pair in adapters.leaves.values() for leaf in pair if leaf.numel()]
+        gradients.append(torch.autograd.grad(z.square().sum(), leaves))
+    for one, other in zip(*gradients):
+        assert torch.equal(one, other)
+
+
 def test_a_site_runs_once_a_forward(device: torch.device) -> None:
     p, x = small(device)
     adapters = p.adapters()
