@@ -5,7 +5,7 @@ integer 1 are constants, and addresses and integers divisible by 16 say so. Laun
 
 A row fails when it has a stack or touches local memory (its registers did not suffice), asks for more shared memory
 than a block may have, multiplies large tiles of 16 bits without the tensor instruction of its architecture or waits for
-each of them, or when ptxas warns that it serialises wgmma (C75xx).
+each of them, or when ptxas warns that it serializes wgmma (C75xx).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with a CUDA GPU is asked for, in one command and at most BUDGET seconds (540): bench/gpu.sh
 #
-# No form is timed before its own check passed. A red test is told and the run goes on; a production tile that computes
+# No form is timed before its own check passed. A failed test is reported and the run goes on; a production tile that computes
 # wrongly, or a bad memory access, ends the timing. Needs no installation: it runs the checkout that it lies in, with
 # what else lies in PYTHONPATH. What a stage needs and is not installed is named, and the stage left out. Variables:
 #   STAGES          A (the default), B, C or names of stages, see below: STAGES="preflight kernels"

@@ -415,7 +415,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _saving(output: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Writes a result as far as it is, for who is killed; a disk that refuses is told at the end."""
+    """Writes the result so far, lest a killed run lose it; a write error is reported at the end."""
 
     def save(result: dict[str, Any]) -> None:
         if output is not None:

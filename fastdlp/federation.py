@@ -198,7 +198,7 @@ def _measured(
 
 
 def _use(backend: str | Selection, built: Built, bank: AdapterBank) -> None:
-    """Let the tower with the adapters and the optimiser take their forms."""
+    """Set the form of the adapted tower and of the optimizer."""
     if isinstance(built.task, ImageTask | TextTask):
         built.task.tower = replace(built.task.tower, backend=backend)
     bank.backend = form_of(backend, "optimizer", bank.slots)

@@ -1,4 +1,4 @@
-"""What `--backend auto` measures of a run: the pieces of its tower and its optimiser, on its own widths and rows.
+"""What `--backend auto` measures of a run: the units of its tower and its optimizer, on its own widths and rows.
 
 A half of a block runs as one block whose other half takes the torch form, through `Tower.features`; so what is compared
 and timed is the code that trains.

@@ -188,7 +188,7 @@ def _scaled(epoch: Any) -> Any:
 def test_a_result_grows_and_one_form_loses_no_other(
     model: str, cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A form that dies in its second round keeps its first; a wrong one is told, and the exit code is of both."""
+    """A form that dies in its second round keeps its first; a wrong one is reported, and the exit code is of both."""
     features = paper_baseline.PaperRounds._class_features
     monkeypatch.setattr(paper_baseline.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
     train, rounds, sizes = engine.EngineRounds.round, [0], []
