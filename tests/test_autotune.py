@@ -420,7 +420,7 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
 def test_a_run_keeps_its_selection(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_run: Callable[[Path, Path], None]
 ) -> None:
-    """It is reported, stands in the config, and a resumed run takes the same forms without measuring; scores need none."""
+    """Reported and in the config; a resumed run takes the same forms without measuring; scores need none."""
     from fastdlp.evaluation import evaluate
 
     model = tiny_clip(tmp_path / "model", vision={"width": 16, "head_width": 8}, quick_gelu=True)
