@@ -21,6 +21,7 @@ from fastdlp.bench.forms import Case, Form, Operands
 from fastdlp.bench.report import print_kernels
 from fastdlp.clip import describe
 from fastdlp.kernels.dual_lora import dual_lora_reference
+from fastdlp.kernels.frozen import FrozenLinear
 from fastdlp.sites import TowerShape
 
 TINY = {"tiny": kernels.ImageTower(TowerShape(1, 32, 48, 16), 3)}
@@ -50,7 +51,7 @@ def test_towers_are_those_of_open_clip() -> None:
 def test_expected_is_the_operator(bias: bool) -> None:
     o = forms.make_operands(replace(CASE, bias=bias), torch.float64, torch.device("cpu"))
     leaves = {name: getattr(o, name).double().requires_grad_() for name in ("x", "A", "B", "c")}
-    y = dual_lora_reference(weight=o.weight, bias=o.bias, groups=o.groups, **leaves)
+    y = dual_lora_reference(linear=FrozenLinear(o.weight, o.bias), groups=o.groups, **leaves)
     gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), o.dy)))
     right = forms.expected(o, checked=7)
     assert len(right.rows) == 7
