@@ -44,7 +44,7 @@ def table_rows(device: torch.device) -> list[TableRow]:
     return [
         TableRow(row["kernel"], PRECISIONS[itemsize], tile_of(row))
         for row in rows
-        if row["kernel"] in LINEARS and tile_of(row).form == "triton"
+        if row["kernel"] in LINEARS and tile_of(row).form != "torch"
         for itemsize in row["itemsize"]
     ]
 

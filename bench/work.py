@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.bench.forms import Case, Operands, make_operands
+from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.frozen import FrozenLinear, Norm
-from fastdlp.kernels.low_rank import SiteAdapters
+from fastdlp.kernels.low_rank import Folded, SiteAdapters
 from fastdlp.kernels.tiles import Tile
 
 ACTIVATION = "quick_gelu"
@@ -48,7 +49,6 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     columns, width = case.parts * case.out, case.width
     residual = o.dy if case.linear in ("out", "fc2") else None
     linear = FrozenLinear(o.weight, o.bias, None, ACTIVATION if kernel == "product_activated" else "none")
-    u = o.x.flip(0) if kernel == "product_backward_activated" else None
     weight, bias = (torch.randn(2, width, device=device) + 1).to(dtype).unbind()
     norm = Norm(weight, bias, EPS)
 
@@ -57,7 +57,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
         return [y] if kept is None else [y, kept]
 
     def product_backward(tile: Tile) -> list[Tensor]:
-        return [products.backward_product(o.dy, o.weight, Q, site, o.groups, u, ACTIVATION, tile)]
+        return [products.backward_product(o.dy, o.weight, Q, site, o.groups, tile=tile)]
 
     def normed() -> list[Tensor]:
         h = F.layer_norm(o.x, (width,), weight, bias, EPS)
@@ -66,8 +66,10 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     library = Tile(form="torch")
     if kernel in ("product", "product_activated"):
         return Work(columns, width, product, lambda: product(library))
-    if kernel in ("product_backward", "product_backward_activated"):
+    if kernel == "product_backward":
         return Work(width, columns, product_backward, lambda: product_backward(library))
+    if kernel == "product_backward_activated":
+        return Work(width, columns, partial(_activated, o, site, Q), partial(_activated_by_library, o, site, Q))
     if kernel == "adapter_gradients":
         run = partial(_adapter_gradients, o, low)
         return Work(columns, width, run, lambda: _gradients_by_library(o, low, site))
@@ -87,19 +89,48 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     raise ValueError(f"no work for the kernel {kernel!r}")
 
 
+def _activated(o: Operands, site: SiteAdapters, Q: Tensor, tile: Tile) -> list[Tensor]:
+    """dX behind an activation, and dA; T has one share a group, which is 0."""
+    from fastdlp.kernels.dual_lora_ops import fold_adapters
+    from fastdlp.kernels.product import backward_product
+
+    rows = len(o.x) if tile.form == "torch" else tile["BLOCK_M"]
+    folded = fold_adapters(o.A, o.B, o.c, o.x.dtype)
+    T, shares = folded.shares(folded.use(0, 1, o.groups, len(o.x), rows))
+    T.zero_()
+    dx = backward_product(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION, shares, tile)
+    return [dx, _summed(o, folded)[0]]
+
+
+def _activated_by_library(o: Operands, site: SiteAdapters, Q: Tensor) -> list[Tensor]:
+    """The same in library products."""
+    from fastdlp.kernels.library_product import library_backward
+
+    dx = library_backward(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION)
+    h, q = ACTIVATIONS[ACTIVATION](o.x.float()), Q[:, : site.rank].float()
+    return [dx, torch.bmm(_by(len(o.A), q).mT, _by(len(o.A), h))[:, None]]
+
+
 def _adapter_gradients(o: Operands, low: Tensor, tile: Tile) -> list[Tensor]:
     """Q, dA, dB and dc, the shares summed."""
-    from fastdlp.kernels.dual_lora_ops import fold_adapters, source_of
-    from fastdlp.kernels.fold import sum_shares
+    from fastdlp.kernels.dual_lora_ops import fold_adapters
     from fastdlp.kernels.gradients import Input, adapter_gradients
 
     parts = o.A.shape[1]
     folded = fold_adapters(o.A, o.B, o.c, o.x.dtype)
     shares = folded.shares(folded.use(0, parts, o.groups, tile["BLOCK_M"]))
-    Q = adapter_gradients(o.dy, low, folded.site(0, parts), o.groups, Input(o.x), shares, tile)
+    Q = adapter_gradients(o.dy, low, folded.site(0, parts), o.groups, *shares, Input(o.x), tile)
+    return [Q, *_summed(o, folded)]
+
+
+def _summed(o: Operands, folded: Folded) -> list[Tensor]:
+    """dA, dB and dc."""
+    from fastdlp.kernels.dual_lora_ops import source_of
+    from fastdlp.kernels.fold import sum_shares
+
     dA, dB, dc = (torch.empty_like(t) for t in (o.A, o.B, o.c))
     sum_shares(source_of(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
-    return [Q, dA, dB, dc]
+    return [dA, dB, dc]
 
 
 def _gradients_by_library(o: Operands, low: Tensor, site: SiteAdapters) -> list[Tensor]:

@@ -132,10 +132,10 @@ def sum_shares_kernel(
     is_up, size = tl.load(line_ptr), tl.load(line_ptr + 1).to(tl.int32)
     share_ptr += tl.load(line_ptr + 2)
     step, goes = tl.load(line_ptr + 3), tl.load(line_ptr + 5)
-    bounds_ptr += tl.load(line_ptr + 4) + slot * VIEWS
+    bounds_ptr += 2 * tl.load(line_ptr + 4)
     at = tl.arange(0, BLOCK)
     if is_up == 0:
-        first, last = tl.load(bounds_ptr), tl.load(bounds_ptr + VIEWS)
+        first, last = tl.load(bounds_ptr + 2 * slot), tl.load(bounds_ptr + 2 * slot + 1)
         for k0 in range(0, size, BLOCK):
             acc = _sum_of_chunks(share_ptr + k0, step, first, last, size - k0, BLOCK)
             tl.store(da_ptr + slot * stride_da + goes + k0 + at, acc, mask=at < size - k0)
@@ -143,8 +143,9 @@ def sum_shares_kernel(
         b_ptr += slot * stride_b + tl.load(line_ptr + 6)
         db_ptr += slot * stride_db + goes
         c_at, gate_gradient = tl.load(line_ptr + 7), 0.0
+        bounds_ptr += 2 * slot * VIEWS
         for view in tl.static_range(VIEWS):
-            first, last = tl.load(bounds_ptr + view), tl.load(bounds_ptr + view + 1)
+            first, last = tl.load(bounds_ptr + 2 * view), tl.load(bounds_ptr + 2 * view + 1)
             c = tl.load(c_ptr + slot * stride_cs + view * stride_cv + c_at * stride_cr).to(tl.float32)
             seen = 1.0
             if HAS_SEEN:

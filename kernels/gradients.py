@@ -13,7 +13,7 @@ from fastdlp.kernels.groups import RowGroups, chunks
 from fastdlp.kernels.launch import launch, precision
 from fastdlp.kernels.low_rank import SiteAdapters
 from fastdlp.kernels.norm import poisoned
-from fastdlp.kernels.product import COUNTS, activated
+from fastdlp.kernels.product import COUNTS
 from fastdlp.kernels.tiles import Tile, tile_for
 
 
@@ -46,8 +46,9 @@ def adapter_gradients_kernel(
     BLOCK_L: tl.constexpr,
     POISONS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    INPUT: tl.constexpr,
-    SHARES: tl.constexpr,
+    HAS_T: tl.constexpr,
+    HAS_DA: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,13 +56,12 @@ def adapter_gradients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Q = dY B' of a chunk of a group's rows, and its shares of T = dYᵀ P and dA = Qᵀ x. Grid (chunks,).
+    """Q = dY B' of a chunk of a group's rows, and its shares of T = dYᵀ P and dA = Qᵀ x, if wanted. Grid (chunks,).
 
     Both products are computed transposed, dY as their right operand: read either way it keeps one layout in shared
     memory, so its copies run ahead of the products on every architecture.
 
-    INPUT says what x is made of, so that it need not be kept: "none" x itself, "norm" the rows before a LayerNorm with
-    their `stats`, else the argument of that activation. Without SHARES only Q is computed.
+    HAS_NORM: x is recomputed from the rows before a LayerNorm and their `stats`, so that it need not be kept.
 
     4·M·parts·N·RP + 2·M·K·L FLOP; reads 2·M·(parts·N + K + L) bytes (bf16), writes 2·M·L of Q and 4·parts·R·(N + K) a
     chunk of shares, which `sum_shares_kernel` reads again: each a share of 2·R / BLOCK_M of dY and x.
@@ -85,7 +85,7 @@ def adapter_gradients_kernel(
             dy = tl.load(dy_ptrs + n0, mask=here[:, None] if EVEN_N else here[:, None] & in_n[None, :], other=0.0)
             up = tl.load(up_ptrs + n0) if EVEN_N else tl.load(up_ptrs + n0, mask=in_n[None, :], other=0.0)
             q = tl.dot(up, tl.trans(dy), q, input_precision=PRECISION)
-            if SHARES:
+            if HAS_T:
                 t = tl.dot(p, dy, input_precision=PRECISION)
                 mask = (r < R)[:, None] if EVEN_N else (r < R)[:, None] & in_n[None, :]
                 tl.store(t_ptr + t_at + n0, t, mask=mask)
@@ -93,7 +93,7 @@ def adapter_gradients_kernel(
         dy_ptrs += N
         up_ptrs += BLOCK_R * N
         t_at += R * N
-    if SHARES:
+    if HAS_DA:
         tl.debug_barrier()  # the columns of Q were written by other threads of this program
         l, k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
         q_ptrs = q_ptr + start * L + (m[None, :] * L + l[:, None])
@@ -102,25 +102,23 @@ def adapter_gradients_kernel(
         stored = ((l < L) & (l % BLOCK_R < R))[:, None]
         x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
         da_ptrs = da_ptr + chunk.to(tl.int64) * PARTS * R * K + (row[:, None] * K + k[None, :])
-        if INPUT == "norm":
+        if HAS_NORM:
             mean = tl.load(stats_ptr + start + m, mask=here, other=0.0)[:, None]
             rstd = tl.load(stats_ptr + M + start + m, mask=here, other=0.0)[:, None]
         for k0 in range(0, K, BLOCK_K):
             in_k = k < K - k0
             x = tl.load(x_ptrs + k0, mask=here[:, None] if EVEN_K else here[:, None] & in_k[None, :], other=0.0)
-            if INPUT == "norm":
+            if HAS_NORM:
                 weight = tl.load(norm_weight_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
                 bias = tl.load(norm_bias_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
                 x = ((x.to(tl.float32) - mean) * rstd * weight[None, :] + bias[None, :]).to(x.dtype)
-            elif INPUT != "none":
-                x = activated(x.to(tl.float32), INPUT)[0].to(x.dtype)
             da = tl.dot(q_all, x, input_precision=PRECISION)
             tl.store(da_ptrs + k0, da, mask=stored if EVEN_K else stored & in_k[None, :])
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a linear's input x [M, K] is recomputed from: itself, the rows before a norm, or an activation's argument.
+    """What a linear's input x [M, K] is recomputed from: x itself, or the rows before a norm.
 
     stats: [2, M] fp32 (mean, 1/σ), with a norm.
     """
@@ -128,7 +126,6 @@ class Input:
     rows: Tensor
     norm: Norm | None = None
     stats: Tensor | None = None
-    activation: str = "none"
 
 
 def gradients_tile(dy_like: Tensor, rows: int, out: int, width: int) -> Tile:
@@ -141,21 +138,22 @@ def adapter_gradients(
     P: Tensor,
     site: SiteAdapters,
     groups: RowGroups,
-    x: Input,
-    shares: tuple[Tensor, Tensor] | None,
+    T: Tensor | None = None,
+    dA: Tensor | None = None,
+    x: Input | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Q [M, L]; T [chunks, parts, R, N] and dA [chunks, parts, R, K] of every chunk go to `shares`, if wanted.
+    """Q [M, L] from dy [M, parts·N] and P [M, L].
 
     Args:
-        dy: [M, parts·N]; P: [M, L].
+        T: [chunks, parts, R, N] fp32, to which the shares of T go, or None. dA: [chunks, parts, R, K] likewise.
+        x: the linear's input, from which dA is computed.
     """
-    parts, out, (rows, width) = site.parts, site.out, x.rows.shape
+    parts, out, rows, width = site.parts, site.out, len(dy), site.down.shape[2]
     tile = tile or gradients_tile(dy, rows, parts * out, width)
-    cut = chunks(groups, tile["BLOCK_M"], 1, dy.device)
-    Q = dy.new_empty(len(dy), P.shape[1])
-    T, dA = (None, None) if shares is None else shares
-    norm = x.norm
+    cut = chunks(groups, tile["BLOCK_M"], dy.device)
+    Q = dy.new_empty(rows, P.shape[1])
+    norm = None if x is None else x.norm
     launch(
         adapter_gradients_kernel,
         (cut.count,),
@@ -163,8 +161,8 @@ def adapter_gradients(
         P,
         site.up,
         site.poison,
-        x.rows,
-        x.stats,
+        None if x is None else x.rows,
+        None if x is None else x.stats,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
         Q,
@@ -176,7 +174,7 @@ def adapter_gradients(
         out,
         width,
         dy.stride(0),
-        x.rows.stride(0),
+        0 if x is None else x.rows.stride(0),
         site.up.stride(0),
         site.poison.stride(0),
         PARTS=parts,
@@ -186,8 +184,9 @@ def adapter_gradients(
         BLOCK_L=triton.next_power_of_2(P.shape[1]),
         POISONS=site.poison.shape[1],
         BLOCK_P=triton.next_power_of_2(site.poison.shape[1]),
-        INPUT="norm" if norm is not None else x.activation,
-        SHARES=shares is not None,
+        HAS_T=T is not None,
+        HAS_DA=dA is not None,
+        HAS_NORM=norm is not None,
         EVEN_N=out % tile["BLOCK_N"] == 0,
         EVEN_K=width % tile["BLOCK_K"] == 0,
         PRECISION=precision(dy),

@@ -77,8 +77,8 @@ def _runs(groups: RowGroups) -> tuple[Run, ...]:
 class Chunks:
     """Groups cut into runs of at most `block` rows, none of which crosses a group.
 
-    table: [3, count] int32, of (group, first row, end row). bounds: [groups / per + 1] int32, the first chunk of every
-    owner (a group, or `per` neighbouring groups together); an owner without rows has none.
+    table: [3, count] int32, of (group, first row, end row). bounds: [groups + 1] int32, the first chunk of every
+    group; one without rows has none.
     """
 
     table: Tensor
@@ -94,13 +94,12 @@ def row_group(groups: RowGroups, device: torch.device) -> Tensor:
 
 
 @device_table
-def chunks(groups: RowGroups, block: int, per: int, device: torch.device) -> Chunks:
-    """Cut `groups` into chunks of `block` rows; `per` groups are one owner in `bounds`."""
+def chunks(groups: RowGroups, block: int, device: torch.device) -> Chunks:
+    """Cut `groups` into chunks of `block` rows."""
     rows: list[tuple[int, int, int]] = []
     bounds = [0]
     for number, (_, _, first, end) in enumerate(groups.groups()):
         rows += [(number, at, min(at + block, end)) for at in range(first, end, block)]
-        if (number + 1) % per == 0:
-            bounds.append(len(rows))
+        bounds.append(len(rows))
     table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).T.contiguous()
     return Chunks(table.to(device), torch.tensor(bounds, dtype=torch.int32).to(device), len(rows))

@@ -28,7 +28,7 @@ from fastdlp.kernels.gradients import Input, adapter_gradients, gradients_tile
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.low_rank import Branch, Folded, SiteAdapters, Use
 from fastdlp.kernels.norm import down_product, norm_backward, norm_down_product
-from fastdlp.kernels.product import backward_product, forward_product
+from fastdlp.kernels.product import backward_product, forward_product, rows_of_tile
 from fastdlp.kernels.short_attention import attention_backward, attention_forward
 
 Span = tuple[int, int]  # parts first..end of the folded ones: one linear
@@ -170,14 +170,13 @@ def backward_of(
 ) -> Tensor | None:
     """dX of a linear behind its activation, and its shares of the adapters' gradients.
 
-    Where `x` is an activation's argument, dX is with respect to that; a norm's is with respect to the rows before it,
-    plus `residual`.
+    Behind a norm, dX is with respect to the rows before it, plus `residual`.
     """
-    Q = adapter_gradients(dy, P, site, groups, x, shares)
+    T, dA = (None, None) if shares is None else shares
+    Q = adapter_gradients(dy, P, site, groups, T, dA, None if dA is None else x)
     if not need_x:
         return None
-    activated = x.activation != "none"
-    dx = backward_product(dy, frozen.weight, Q, site, groups, x.rows if activated else None, x.activation)
+    dx = backward_product(dy, frozen.weight, Q, site, groups)
     if x.norm is not None and x.stats is not None:
         dx = norm_backward(dx, x.rows, x.stats, x.norm.weight, residual)
     return dx
@@ -194,10 +193,11 @@ def _keeps(adapters: FoldedRows, *inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _reserve(folded: Folded, span: Span, groups: RowGroups, dtype_of: Tensor) -> Use:
+def _reserve(folded: Folded, span: Span, groups: RowGroups, like: Tensor, activated: bool = False) -> Use:
+    """`activated`: the linear's input is recomputed from an activation's argument, as fc2's."""
     site = folded.site(*span)
-    tile = gradients_tile(dtype_of, groups.rows, site.parts * site.out, site.down.shape[2])
-    return folded.use(*span, groups, tile["BLOCK_M"])
+    shape = groups.rows, site.parts * site.out, site.down.shape[2]
+    return folded.use(*span, groups, gradients_tile(like, *shape)["BLOCK_M"], rows_of_tile(like, *shape) * activated)
 
 
 class _Linear(torch.autograd.Function):
@@ -253,7 +253,7 @@ class _MLPHalf(torch.autograd.Function):
         y, _, P2, _ = forward_of(h, fc2, folded.site(*spans[1]), groups, x if skip else None, keep)
         if keep:
             ctx.fc1, ctx.fc2, ctx.folded, ctx.spans, ctx.groups, ctx.skip = fc1, fc2, folded, spans, groups, skip
-            ctx.uses = [_reserve(folded, span, groups, x) for span in spans]
+            ctx.uses = [_reserve(folded, span, groups, x, span is spans[1]) for span in spans]
             ctx.save_for_backward(x, stats, P1, u, P2)
             ctx.set_materialize_grads(False)
         return y
@@ -266,9 +266,10 @@ class _MLPHalf(torch.autograd.Function):
         folded, groups, dy = ctx.folded, ctx.groups, grads[0].contiguous()
         need_x, need_adapters = ctx.needs_input_grad[:2]
         shares = [folded.shares(use) if need_adapters else None for use in ctx.uses]
-        behind = Input(u, activation=ctx.fc1.activation)
-        du = backward_of(dy, P2, ctx.fc2, folded.site(*ctx.spans[1]), groups, behind, shares[1], True)
-        assert du is not None
+        T, dA = shares[1] or (None, None)
+        site = folded.site(*ctx.spans[1])
+        Q = adapter_gradients(dy, P2, site, groups, T)
+        du = backward_product(dy, ctx.fc2.weight, Q, site, groups, u, ctx.fc1.activation, dA)
         before, residual = Input(x, ctx.fc1.norm, stats), dy if ctx.skip else None
         dx = backward_of(du, P1, ctx.fc1, folded.site(*ctx.spans[0]), groups, before, shares[0], need_x, residual)
         return dx, *(None,) * 8

@@ -7,8 +7,9 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -81,19 +82,36 @@ class Use:
     """A linear that ran forward: parts first..end of the folded ones, over the rows of `groups`.
 
     Its shares of the gradients are [chunks, parts, R, N] of T = dYᵀ P from entry `t` of the workspace on, and
-    [chunks, parts, R, K] of dA from entry `da` on; a chunk has `block` rows.
+    [chunks, parts, R, K] of dA from entry `da` on; a chunk has `block` rows. Where `tile` is not 0, dA is not cut by
+    chunks: share i + s is that of slot s in rows i · tile to (i + 1) · tile.
     """
 
     first: int
     end: int
     groups: RowGroups
     block: int
+    tile: int
     t: int
     da: int
 
-    def count(self) -> int:
-        """Chunks."""
-        return self.groups.views * sum(-(-size // self.block) for size in self.groups.sizes)
+    @property
+    def shares(self) -> tuple[int, int]:
+        """How many of T, and how many of dA."""
+        groups = self.groups
+        cut = groups.views * sum(-(-size // self.block) for size in groups.sizes)
+        return cut, -(-groups.rows // self.tile) + len(groups.sizes) if self.tile else cut
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First share and end, of dA for every slot [slots, 2] and of T for every group [groups, 2]; int32."""
+        first = chunks(self.groups, self.block, torch.device("cpu")).bounds
+        views = self.groups.views
+        if not self.tile:
+            by_slot = torch.stack([first[:-1:views], first[views::views]], 1)
+        else:
+            rows = self.groups.by_slot.groups()
+            cut = [(s + a // self.tile, s - (-b // self.tile)) if a < b else (0, 0) for s, _, a, b in rows]
+            by_slot = torch.tensor(cut, dtype=torch.int32).reshape(-1, 2)
+        return by_slot, torch.stack([first[:-1], first[1:]], 1)
 
 
 @device_table
@@ -115,13 +133,14 @@ def line_table(
         rank: R of all branches together, the rows of a share.
 
     Returns:
-        lines [2 · parts · R, 8] int64: (is B, size, first share, entries from chunk to chunk, first of its bounds,
-        where the gradient goes, where B begins, where c lies); bounds int32: the first chunk of every group, use by
-        use, behind zeros that stand for a linear that was not used.
+        lines [2 · parts · R, 8] int64: (is B, size, first share, entries from share to share, first of its bounds,
+        where the gradient goes, where B begins, where c lies); bounds [n, 2] int32: first share and end of every owner,
+        use by use, behind zeros that stand for a linear that was not used.
     """
-    tables = [chunks(use.groups, use.block, 1, torch.device("cpu")).bounds for use in uses]
-    zeros = torch.zeros(slots * views + 1, dtype=torch.int32)
-    starts = list(accumulate([len(zeros), *map(len, tables)]))
+    tables = [torch.zeros(slots * views, 2, dtype=torch.int32)]
+    for use in uses:
+        tables += use.bounds()
+    starts = list(accumulate(map(len, tables), initial=0))
     rows: dict[bool, list[list[int]]] = {False: [], True: []}
     for number, part in enumerate(branch.parts):
         at = next((i for i, use in enumerate(uses) if use.first <= number < use.end), None)
@@ -134,10 +153,10 @@ def line_table(
                     use = uses[at]
                     row = (number - use.first) * rank + branch.column + r
                     share = (use.t if up else use.da) + row * size
-                    step, start = (use.end - use.first) * rank * size, starts[at]
+                    step, start = (use.end - use.first) * rank * size, starts[1 + 2 * at + up]
                 rows[up].append([up, size, share, step, start, goes, part.b + r, part.c + r])
     lines = torch.tensor(rows[False] + rows[True], dtype=torch.int64).reshape(-1, LINE_FIELDS)
-    return lines.to(device), torch.cat([zeros, *tables]).to(device)
+    return lines.to(device), torch.cat(tables).to(device)
 
 
 class Folded:
@@ -166,8 +185,8 @@ class Folded:
         up = self.up[:, part.up : part.up + L * part.out].unflatten(1, (L, part.out))
         return SiteAdapters(down, up, self.poison[:, first * each : end * each], count, self.rank)
 
-    def use(self, first: int, end: int, groups: RowGroups, block: int) -> Use:
-        """Reserve the shares of a linear that runs forward.
+    def use(self, first: int, end: int, groups: RowGroups, block: int, tile: int = 0) -> Use:
+        """Reserve the shares of a linear that runs forward; arguments as in `Use`.
 
         Raises:
             ValueError: it ran before in this forward.
@@ -175,26 +194,24 @@ class Folded:
         if any(use.first < end and first < use.end for use in self.uses):
             raise ValueError("a linear with folded adapters runs once a forward")
         part = self.branches[0].parts[first]
-        use = Use(first, end, groups, block, 0, 0)
-        rows = use.count() * (end - first) * self.rank
-        t, da = self._taken, self._taken + _rounded(rows * part.out)
-        self._taken = da + _rounded(rows * part.width)
-        self.uses.append(Use(first, end, groups, block, t, da))
-        return self.uses[-1]
+        use = Use(first, end, groups, block, tile, self._taken, self._taken)
+        of_t, of_da = (count * (end - first) * self.rank for count in use.shares)
+        use = replace(use, da=use.t + _rounded(of_t * part.out))
+        self._taken = use.da + _rounded(of_da * part.width)
+        self.uses.append(use)
+        return use
 
     def shares(self, use: Use) -> tuple[Tensor, Tensor]:
-        """T [chunks, parts, R, N] and dA [chunks, parts, R, K] of a use, fp32, to be written before they are summed."""
+        """T [shares, parts, R, N] and dA [shares, parts, R, K] of a use, fp32, to be written before they are summed."""
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:  # an earlier one may have ended before the sum, as where x alone is asked for
             self._backward, self.written = backward, []
         self.written.append(use)
-        workspace, part = self.workspace(), self.branches[0].parts[use.first]
-        shape = (use.count(), use.end - use.first, self.rank)
-        rows = shape[0] * shape[1] * shape[2]
-        return (
-            workspace[use.t : use.t + rows * part.out].view(*shape, part.out),
-            workspace[use.da : use.da + rows * part.width].view(*shape, part.width),
-        )
+        part, (of_t, of_da), each = self.branches[0].parts[use.first], use.shares, (use.end - use.first, self.rank)
+        return self._stretch(use.t, of_t, *each, part.out), self._stretch(use.da, of_da, *each, part.width)
+
+    def _stretch(self, first: int, *shape: int) -> Tensor:
+        return self.workspace()[first : first + math.prod(shape)].view(shape)
 
     def workspace(self) -> Tensor:
         """Room for the shares of all uses so far; made when the backward begins, and freed with `release`."""

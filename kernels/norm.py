@@ -224,7 +224,7 @@ def down_product(x: Tensor, site: SiteAdapters, groups: RowGroups, tile: Tile | 
     """P = x Aᵀ: x [M, K] → [M, L] in the dtype of x."""
     (rows, width), L = x.shape, site.down.shape[1]
     tile = tile or tile_for("down", x.device, x.dtype.itemsize, rows, 0, width)
-    cut = chunks(groups.by_slot, tile["BLOCK_M"], 1, x.device)
+    cut = chunks(groups.by_slot, tile["BLOCK_M"], x.device)
     P = x.new_empty(rows, L)
     launch(
         down_kernel,
@@ -256,7 +256,7 @@ def norm_down_product(
     """h = LayerNorm(x) [M, K], stats [2, M] fp32 (mean, 1/σ) and P = h Aᵀ [M, L]."""
     (rows, width), L = x.shape, site.down.shape[1]
     tile = tile or tile_for("norm_down", x.device, x.dtype.itemsize, rows, 0, width)
-    cut = chunks(groups.by_slot, tile["BLOCK_M"], 1, x.device)
+    cut = chunks(groups.by_slot, tile["BLOCK_M"], x.device)
     h, P = x.new_empty(rows, width), x.new_empty(rows, L)
     stats = x.new_empty(2, rows, dtype=torch.float32)
     block_row = triton.next_power_of_2(width)

@@ -26,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdlp.kernels.activation import KEPT
-from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
+from fastdlp.kernels.frozen import FrozenLinear
 from fastdlp.kernels.groups import RowGroups, row_group
 from fastdlp.kernels.launch import launch, precision, tiles_of
+from fastdlp.kernels.library_product import library_backward, library_forward
 from fastdlp.kernels.low_rank import LEAST_RANK, SiteAdapters
 from fastdlp.kernels.tiles import Tile, multiprocessors, tile_for
 
@@ -75,6 +75,7 @@ def _finish(
     residual_ptr,
     u_ptr,
     y_ptr,
+    da_ptr,
     M,
     N,
     stride_rm,
@@ -88,12 +89,14 @@ def _finish(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ARGUMENT: tl.constexpr,
+    R: tl.constexpr,
+    HAS_DA: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the low-rank term behind the K loop, then bias, activation and residual, and stores the tile.
+    """Adds the low-rank term behind the K loop, then bias, activation and residual; stores the tile and shares of dA.
 
     The low-rank loop runs group by group over those that the tile's rows belong to, BLOCK_R of the rank at a time: one
     dot in most tiles, and a tile that crosses groups is as right as any other. Before the K loop it would make the
@@ -135,6 +138,66 @@ def _finish(
         residual = residual_ptr + corner * stride_rm + column + m[:, None] * stride_rm + n[None, :]
         acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + out, acc, mask=mask)
+    if HAS_DA:
+        for step in tl.range(first * steps, (last + 1) * steps, num_stages=1):
+            slot, at = step // steps, step % steps * BLOCK_R
+            da = _share_of_da(
+                low_ptr + corner * L + at,
+                u_ptr + corner * N + tile_n * BLOCK_N,
+                row_group_ptr,
+                slot,
+                M - tile_m * BLOCK_M,
+                N - tile_n * BLOCK_N,
+                N,
+                GROUPS_PER_UP,
+                L,
+                BLOCK_R,
+                ACTIVATION,
+                EVEN_N,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+            )
+            share = tl.full((), tile_m + slot, tl.int64) * (R * N) + at * N + tile_n * BLOCK_N
+            in_share = (r < R - at)[:, None] if EVEN_N else (r < R - at)[:, None] & in_n[None, :]
+            tl.store(da_ptr + share + r[:, None] * N + n[None, :], da, mask=in_share)
+
+
+@triton.jit
+def _share_of_da(
+    q_ptr,
+    u_ptr,
+    row_group_ptr,
+    slot,
+    rows,
+    columns,
+    N,
+    VIEWS: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Qᵀ φ(u) over a tile's rows of one slot, slice by slice of the rows.
+
+    u is read a second time, from a cache: kept from the first, it would take registers beside the accumulator.
+    """
+    SLICE: tl.constexpr = min(BLOCK_M, 32)
+    m, n, r = tl.arange(0, SLICE), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    da = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for m0 in tl.range(0, BLOCK_M, SLICE):
+        here = m < rows - m0
+        here &= tl.load(row_group_ptr + m0 + m, mask=here, other=-1) // VIEWS == slot
+        q = tl.load(q_ptr + m0 * L + m[None, :] * L + r[:, None], mask=here[None, :], other=0.0)
+        # φ(0) is 0: a neighbour's rows, which may hold what is not finite, add nothing.
+        mask = here[:, None] if EVEN_N else here[:, None] & (n < columns)[None, :]
+        u = tl.load(u_ptr + m0 * N + m[:, None] * N + n[None, :], mask=mask, other=0.0)
+        h = activated(u.to(tl.float32), ACTIVATION)[0].to(u.dtype)
+        da = tl.dot(q, h, da, input_precision=PRECISION)
+    return da
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -148,6 +211,7 @@ def product_kernel(
     residual_ptr,
     u_ptr,
     y_ptr,
+    da_ptr,
     M,
     N,
     K,
@@ -165,6 +229,8 @@ def product_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ARGUMENT: tl.constexpr,
+    R: tl.constexpr,
+    HAS_DA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,10 +246,11 @@ def product_kernel(
 
     ARGUMENT says what u [M, PARTS·N] is: "write" stores the activation's argument beside y, for the backward; "read"
     multiplies by φ'(u) in place of applying φ, which makes dX of the linear behind an activation the dY of the one
-    before it; "none" has no u.
+    before it; "none" has no u. With HAS_DA (and "read") every row tile t also leaves its share of dA = Qᵀ φ(u) for each
+    slot s that it has rows of, as number t + s [R, N]: in no other kernel would φ(u) have to be read for it.
 
-    2·M·PARTS·N·(K + RANK) FLOP; in bf16 reads 2·(M·K + PARTS·N·K + M·L) bytes and `up`, writes 2·M·PARTS·N, and as much
-    again for u and for a residual.
+    2·M·PARTS·N·(K + RANK) FLOP, and 2·M·N·RANK for dA; in bf16 reads 2·(M·K + PARTS·N·K + M·L) bytes and `up`, writes
+    2·M·PARTS·N, and as much again for u and for a residual, and 4·R·N bytes a share of dA.
     """
     tile_m, part, tile_n = _tile_at(tl.program_id(0), M, N, PARTS, BLOCK_M, BLOCK_N, GROUP_M)
     corner = tile_m.to(tl.int64) * BLOCK_M
@@ -215,6 +282,7 @@ def product_kernel(
         residual_ptr,
         u_ptr,
         y_ptr,
+        da_ptr,
         M,
         N,
         stride_rm,
@@ -228,6 +296,8 @@ def product_kernel(
         HAS_BIAS,
         HAS_RESIDUAL,
         ARGUMENT,
+        R,
+        HAS_DA,
         EVEN_N,
         PRECISION,
         BLOCK_M,
@@ -246,6 +316,7 @@ def product_descriptor_kernel(
     residual_ptr,
     u_ptr,
     y_ptr,
+    da_ptr,
     M,
     N,
     K,
@@ -260,6 +331,8 @@ def product_descriptor_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ARGUMENT: tl.constexpr,
+    R: tl.constexpr,
+    HAS_DA: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -297,6 +370,7 @@ def product_descriptor_kernel(
             residual_ptr,
             u_ptr,
             y_ptr,
+            da_ptr,
             M,
             N,
             stride_rm,
@@ -310,6 +384,8 @@ def product_descriptor_kernel(
             HAS_BIAS,
             HAS_RESIDUAL,
             ARGUMENT,
+            R,
+            HAS_DA,
             EVEN_N,
             PRECISION,
             BLOCK_M,
@@ -336,7 +412,7 @@ def forward_product(
     name = "product" if activation == "none" else "product_activated"
     tile = tile or tile_for(name, x.device, x.dtype.itemsize, len(x), parts * out, x.shape[1])
     if tile.form == "torch":
-        return _library_forward(x, linear, P, site, groups, residual, keep)
+        return library_forward(x, linear, P, site, groups, residual, keep)
     y = x.new_empty(len(x), parts * out)
     u = torch.empty_like(y) if keep and activation != "none" else None
     _launch(
@@ -367,13 +443,25 @@ def backward_product(
     groups: RowGroups,
     u: Tensor | None = None,
     activation: str = "none",
+    dA: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dX = dY W + Q A: dy [M, N], weight [N, K], Q [M, L] → [M, K]; times φ'(u) where x = φ(u), u [M, K]."""
+    """dX = dY W + Q A: dy [M, N], weight [N, K], Q [M, L] → [M, K]; times φ'(u) where x = φ(u), u [M, K].
+
+    Args:
+        dA: [shares, 1, R, K] fp32 of a linear of one part, to which the shares of dA = Qᵀ φ(u) go, or None. Share t + s
+            is that of slot s in the row tile t, which has `rows_of_tile` rows; numbers without such rows stay as
+            they are.
+
+    Raises:
+        ValueError: dA without u, or of a linear of several parts.
+    """
+    if dA is not None and (u is None or site.parts > 1):
+        raise ValueError(f"backward_product: dA of {site.parts} parts; it is computed of φ(u), for one part")
     name = "product_backward" if u is None else "product_backward_activated"
     tile = tile or tile_for(name, dy.device, dy.dtype.itemsize, len(dy), weight.shape[1], dy.shape[1])
     if tile.form == "torch":
-        return _library_backward(dy, weight, Q, site, groups, u, activation)
+        return library_backward(dy, weight, Q, site, groups, u, activation, dA)
     dx = dy.new_empty(len(dy), weight.shape[1])
     _launch(
         tile,
@@ -391,8 +479,15 @@ def backward_product(
         groups.views,
         activation if u is not None else "none",
         "none" if u is None else "read",
+        dA,
     )
     return dx
+
+
+def rows_of_tile(like: Tensor, rows: int, out: int, width: int) -> int:
+    """Rows that `backward_product` with u gives one share of dA, for dy [rows, out] and u [rows, width]."""
+    tile = tile_for("product_backward_activated", like.device, like.dtype.itemsize, rows, width, out)
+    return max(rows, 1) if tile.form == "torch" else tile["BLOCK_M"]
 
 
 def _launch(
@@ -411,6 +506,7 @@ def _launch(
     groups_per_up: int,
     activation: str,
     argument: str,
+    dA: Tensor | None = None,
 ) -> None:
     """Either kernel; `transposed`: x Wᵀ, and x W otherwise. `up` [owners, parts·RANK, N]."""
     rows, width = x.shape
@@ -426,11 +522,13 @@ def _launch(
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "ARGUMENT": argument,
+        "R": 0 if dA is None else dA.shape[2],
+        "HAS_DA": dA is not None,
         "EVEN_N": out % tile["BLOCK_N"] == 0,
         "PRECISION": precision(x),
     }
     tiles = tiles_of(rows, tile["BLOCK_M"]) * parts * tiles_of(out, tile["BLOCK_N"])
-    operands = (bias, low, up, row_groups, residual, u, y, rows, out, width)
+    operands = (bias, low, up, row_groups, residual, u, y, dA, rows, out, width)
     strides = (0 if residual is None else residual.stride(0), up.stride(0))
     if tile.form == "descriptor" and rows and describable(x) and describable(weight):
         programs = multiprocessors(x.device)
@@ -474,44 +572,3 @@ def describable(matrix: Tensor) -> bool:
         and matrix.stride(0) * itemsize % 16 == 0
         and (matrix.is_meta or matrix.data_ptr() % 16 == 0)
     )
-
-
-def _library_forward(
-    x: Tensor,
-    linear: FrozenLinear,
-    P: Tensor,
-    site: SiteAdapters,
-    groups: RowGroups,
-    residual: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`forward_product` as cuBLAS for the frozen product and baddbmm_ for the low-rank term."""
-    u = frozen_linear(x, linear.weight, linear.bias)
-    parts, out, rank = site.parts, site.out, site.padded_rank
-    for s0, s1, m0, m1, size in groups.runs:
-        g0, g1 = s0 * groups.views, s1 * groups.views
-        p, target = P[m0:m1].view(g1 - g0, size, parts, rank), u[m0:m1].view(g1 - g0, size, parts, out)
-        for part in range(parts):
-            target[:, :, part].baddbmm_(p[:, :, part], site.up[g0:g1, part * rank : (part + 1) * rank])
-    if linear.activation == "none":
-        return (u if residual is None else u + residual), None
-    kept = KEPT[linear.activation]
-    y = kept.value(kept.keep(u.clone() if keep else u))
-    return (y if residual is None else y + residual), u if keep else None
-
-
-def _library_backward(
-    dy: Tensor,
-    weight: Tensor,
-    Q: Tensor,
-    site: SiteAdapters,
-    groups: RowGroups,
-    u: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """`backward_product` likewise."""
-    dx = frozen_linear_backward(dy, weight)
-    for s0, s1, m0, m1, size in groups.runs:
-        shape = (s1 - s0, groups.views * size, -1)
-        dx[m0:m1].view(shape).baddbmm_(Q[m0:m1].view(shape), site.down[s0:s1])
-    return dx if u is None else KEPT[activation].backward(dx, KEPT[activation].keep(u.clone()))

@@ -13,7 +13,7 @@ from fastdlp.kernels.fold import sum_shares
 from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.gradients import Input, adapter_gradients
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.kernels.low_rank import SiteAdapters, padded
+from fastdlp.kernels.low_rank import SiteAdapters, Use, padded
 from fastdlp.kernels.norm import down_product, norm_backward, norm_down_product
 from fastdlp.kernels.normalize import normalize
 from fastdlp.kernels.product import backward_product, forward_product
@@ -315,21 +315,30 @@ def test_backward_product(
     dy, weight = draw(groups.rows, inner), draw(inner, width, scale=inner**-0.5)
     site = site_of(draw, groups, *ranks, width, 8)
     Q, u = low_of(draw, groups, site), None if activation == "none" else draw(groups.rows, width)
-    dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, t)
+    use, dA = None, None
+    if u is not None and site.parts == 1:
+        tile_rows = max(groups.rows, 1) if t == Tile(form="torch") else (t or tile(M=32))["BLOCK_M"]
+        use = Use(0, 1, groups, block=1, tile=tile_rows, t=0, da=0)
+        dA = torch.full((use.shares[1], 1, site.rank, width), float("nan"), device=device)
+    dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, dA, t)
     expected = exact(dy) @ exact(weight)
     for slot, _, start, end in groups.groups():
         expected[start:end] += exact(Q)[start:end] @ exact(site.down)[slot]
     check(precision, dx=(dx, expected if u is None else expected * _slope(activation, exact(u))))
-
-
-INPUTS = ("none", "norm", "quick_gelu", "gelu", "gelu_tanh")
+    if use is not None and dA is not None and u is not None:
+        q, h, (bounds, _) = exact(Q)[:, : site.rank], PHI[activation](exact(u)), use.bounds()
+        right = torch.zeros(len(groups.sizes), site.rank, width, dtype=torch.float64)
+        for slot, _, start, end in groups.groups():
+            right[slot] += q[start:end].T @ h[start:end]
+        summed = [dA[first:end, 0].sum(0) for first, end in bounds.tolist()]
+        check(precision, dA=(torch.stack(summed) if summed else right, right))
 
 
 @cases(
-    "ranks shape made t strided",
+    "ranks shape normed t strided",
     ranks=RANKS,
     shape=SHAPES,
-    made=INPUTS,
+    normed=[False, True],
     t=[None, tile(M=16, N=64, K=16), tile(M=64, N=16, K=64), tile(M=32, N=32, K=32)],
     strided=[False, True],
 )
@@ -337,7 +346,7 @@ def test_adapter_gradients(
     name: str,
     ranks: tuple[int, int],
     shape: tuple[int, int],
-    made: str,
+    normed: bool,
     t: Tile | None,
     strided: bool,
     precision: str,
@@ -354,17 +363,16 @@ def test_adapter_gradients(
     folded = fold_adapters(A, B, c, DTYPES[precision])
     site, RP = folded.site(0, parts), padded(rank)
     P, x = low_of(draw, groups, site), exact(rows)
-    if made == "norm":
+    if normed:
         weight, bias = draw(width), draw(width)
         mean, rstd, x = _normed(x, exact(weight), exact(bias), 1e-2)
         stats = torch.stack([mean, rstd]).to(device, fp32)
         given = Input(laid(strided, rows), Norm(weight, bias, 1e-2), stats)
     else:
-        x = PHI[made](x)
-        given = Input(laid(strided, rows), activation=made)
+        given = Input(laid(strided, rows))
     block = (t or tile(M=32))["BLOCK_M"]
     shares = folded.shares(folded.use(0, parts, groups, block))
-    Q = adapter_gradients(laid(strided, dy), P, site, groups, given, shares, t)
+    Q = adapter_gradients(laid(strided, dy), P, site, groups, *shares, given, t)
     dA, dB, dc = (torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in (A, B, c))
     sum_shares(source_of(A, B, c), folded, dA, dB, dc.flatten(2))
 
@@ -375,20 +383,22 @@ def test_adapter_gradients(
             of_part, ranks_of = slice(part * RP, (part + 1) * RP), slice(part * RP, part * RP + rank)
             g = exact(dy)[start:end, part * out : (part + 1) * out]
             expected_Q[start:end, of_part] = g @ exact(site.up)[number, of_part].T
-            right[0][slot, part] += expected_Q[start:end, ranks_of].T @ x[start:end]
+            right[0][slot, part] += exact(Q)[start:end, ranks_of].T @ x[start:end]  # Q as it was rounded
             T = g.T @ exact(P)[start:end, ranks_of]
             right[1][slot, part] += T * exact(c)[slot, view, part]
             right[2][slot, view, part] = (exact(B)[slot, part] * T).sum(0)
-    check(precision, Q=(Q, expected_Q), dA=(dA, right[0]))  # Q is rounded before it is multiplied
+    check(precision, Q=(Q, expected_Q))
+    check(precision if normed else SUMS[precision], dA=(dA, right[0]))  # a norm's output is rounded
     check(SUMS[precision], dB=(dB, right[1]), dc=(dc, right[2]))
 
 
 def test_without_shares_q_is_the_same(device: torch.device) -> None:
     groups, draw = RowGroups((20, 13), views=2), Draw(device, torch.float32)
     site, dy, x = site_of(draw, groups, 2, 4, 40, 48), draw(66, 96), draw(66, 40)
-    P, shares = low_of(draw, groups, site), (torch.empty(9, 2, 4, 48, device=device), torch.empty(9, 2, 4, 40))
-    with_shares = adapter_gradients(dy, P, site, groups, Input(x), (shares[0], shares[1].to(device)))
-    assert torch.equal(adapter_gradients(dy, P, site, groups, Input(x), None), with_shares)
+    P, T, dA = low_of(draw, groups, site), *(torch.empty(9, 2, 4, n, device=device) for n in (48, 40))
+    with_shares = adapter_gradients(dy, P, site, groups, T, dA, Input(x))
+    assert torch.equal(adapter_gradients(dy, P, site, groups), with_shares)
+    assert torch.equal(adapter_gradients(dy, P, site, groups, T), with_shares)
 
 
 @pytest.mark.parametrize("width", [1, 64, 100, 512])
@@ -417,7 +427,7 @@ def test_activations_far_out(activation: str, device: torch.device) -> None:
     linear = FrozenLinear(torch.zeros(n, 1, device=device), u, None, activation)
     y, _ = forward_product(x, linear, low, site, groups, None, True, small)
     one, ones = torch.ones(1, 1, device=device), torch.ones(1, n, device=device)
-    slope = backward_product(one, ones, low, site, groups, u[None], activation, small)
+    slope = backward_product(one, ones, low, site, groups, u[None], activation, tile=small)
     v = exact(u)
     for ours, value in ((y, PHI[activation](v)), (slope, _slope(activation, v))):
         assert ((exact(ours)[0] - value).abs() <= 1e-6 * v.abs().clamp(min=1)).all()

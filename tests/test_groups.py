@@ -57,12 +57,9 @@ def test_row_group_numbers_every_row(groups: RowGroups) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 16, 63, 64, 1000])
-@pytest.mark.parametrize("by_slot", [False, True])
 @pytest.mark.parametrize("groups", ALL.values(), ids=ALL)
-def test_chunks_hold_every_row_once(groups: RowGroups, by_slot: bool, block: int) -> None:
-    """Bounds are by group, or by slot: its views together."""
-    per = groups.views if by_slot else 1
-    cut = chunks(groups, block, per, CPU)
+def test_chunks_hold_every_row_once(groups: RowGroups, block: int) -> None:
+    cut = chunks(groups, block, CPU)
     table, bounds = cut.table.T.tolist(), cut.bounds.tolist()
     assert (cut.table.dtype, cut.bounds.dtype) == (torch.int32, torch.int32)
     assert cut.table.is_contiguous()
@@ -72,19 +69,19 @@ def test_chunks_hold_every_row_once(groups: RowGroups, by_slot: bool, block: int
     for group, start, end in table:
         assert 0 < end - start <= block
         assert spans[group][0] <= start < end <= spans[group][1]
-    assert (len(bounds), bounds[0], bounds[-1]) == (len(spans) // per + 1, 0, cut.count)
+    assert (len(bounds), bounds[0], bounds[-1]) == (len(spans) + 1, 0, cut.count)
     for owner, (first, after) in enumerate(pairwise(bounds)):
-        assert {group // per for group, _, _ in table[first:after]} <= {owner}
-        rows = sum(end - start for start, end in spans[owner * per : (owner + 1) * per])
+        assert {group for group, _, _ in table[first:after]} <= {owner}
+        rows = spans[owner][1] - spans[owner][0]
         assert (after > first) == (rows > 0)
 
 
 def test_tables_are_made_once() -> None:
     """A CUDA graph keeps their addresses."""
     one, same = RowGroups((5, 4), views=2), RowGroups((5, 4), views=2)
-    assert chunks(one, 16, 2, CPU) is chunks(same, 16, 2, CPU)
+    assert chunks(one, 16, CPU) is chunks(same, 16, CPU)
     assert row_group(one, CPU) is row_group(same, CPU)
-    assert chunks(one, 16, 2, CPU) is not chunks(one, 16, 1, CPU)
+    assert chunks(one, 16, CPU) is not chunks(one, 17, CPU)
 
 
 def test_times_stretches_every_group() -> None:
