@@ -75,7 +75,7 @@ def _passes(
     model: Model, activation: str, bank: AdapterBank, views: Sequence[View], sizes: Sequence[int], dtype: str
 ) -> list[Launch]:
     """A forward with its backward, and the forward of a teacher, which keeps nothing."""
-    tower, groups = _tower(model, activation, DTYPES[dtype]), RowGroups(tuple(sizes), len(views))
+    tower, groups = empty_tower(model, activation, DTYPES[dtype]), RowGroups(tuple(sizes), len(views))
     x = _empty(groups.rows, model.tokens, model.shape.width, dtype=DTYPES[dtype])
     index = torch.empty(groups.rows, dtype=torch.int64, device="meta") if model.causal else None
     slots = torch.arange(len(sizes), device="meta")
@@ -97,8 +97,8 @@ def _in_tf32(launches: Sequence[Launch]) -> list[Launch]:
     ]
 
 
-def _tower(model: Model, activation: str, dtype: torch.dtype) -> Tower:
-    """Frozen weights without content."""
+def empty_tower(model: Model, activation: str, dtype: torch.dtype) -> Tower:
+    """Frozen weights without content, on torch's device "meta"."""
 
     def linear(out: int, width: int, norm: bool = False, activation: str = "none", bias: bool = True) -> FrozenLinear:
         frozen = Norm(_empty(width, dtype=dtype), _empty(width, dtype=dtype), 1e-5) if norm else None

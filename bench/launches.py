@@ -98,21 +98,29 @@ def count(step: Callable[[], object]) -> Counted:
     return counted
 
 
-def bench_launches(model: str, clients: int, with_peft: bool = True, batch: int = 2) -> dict[str, Any]:
+FORMS = ("peft", "torch", "triton")
+
+
+def bench_launches(model: str, clients: int, batch: int, only: Sequence[str] = FORMS) -> dict[str, Any]:
     """The counts of one step in bf16: PEFT's (a client's, times clients) and fastdlp's forms.
 
     A first step goes before the one that is counted: it makes tables that are kept. Launches do not depend on `batch`.
 
+    Args:
+        only: of FORMS; what they compute on the CPU takes minutes for ten clients of 32 images, but for "triton".
+
     Raises:
         FastdlpError: PEFT is wanted and not installed.
     """
-    versions = {"torch": torch.__version__, **(peft_versions() if with_peft else {})}
+    versions = {"torch": torch.__version__, **(peft_versions() if "peft" in only else {})}
     problem, cpu = make_problem(model, batch, clients), torch.device("cpu")
     forms: list[tuple[str, int, Callable[[], object]]] = []
-    if with_peft:
+    if "peft" in only:
         forms.append(("PEFT, adapters cast", clients, PeftRounds(problem.small(1), "bf16", cpu, cast=True).step))
     for teacher in ("fresh", "pre-update"):
-        for backend in ("torch", "triton"):
+        for backend in FORMS[1:]:
+            if backend not in only:
+                continue
             rounds = image_rounds(problem, "bf16", cpu, backend, teacher=teacher)
             forms.append((f"fastdlp --teacher {teacher} --backend {backend}", 1, rounds.step))
     rows = []
@@ -129,10 +137,12 @@ def bench_launches(model: str, clients: int, with_peft: bool = True, batch: int 
                 "kernels": dict(found.kernels.most_common()),
             }
         )
-    peft_flag = [] if with_peft else ["--without-peft"]
     return {
         "command": " ".join(
-            ["fastdlp bench launches", f"--model {model}", f"--clients {clients}", f"--batch-size {batch}", *peft_flag]
+            [
+                f"fastdlp bench launches --model {model} --clients {clients} --batch-size {batch}",
+                *(f"--only {form}" for form in only if len(only) < len(FORMS)),
+            ]
         ),
         "what": f"launches of one FEDDLP step, {model}, image encoder, {clients} × {batch} images, bf16",
         "rows": rows,

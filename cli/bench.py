@@ -111,16 +111,20 @@ def launches(
     ] = "ViT-B-32-quickgelu",
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a client; for the bytes.")] = 2,
-    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave the baseline out.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="peft, torch or triton; may be given again.", show_default="all"),
+    ] = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """Count the kernels that one FEDDLP step launches in every form, and the bytes they move. Needs no GPU."""
-    from fastdlp.bench.launches import bench_launches, markdown
+    from fastdlp.bench.launches import FORMS, bench_launches, markdown
     from fastdlp.cli import console
 
+    _known("--only", only or [], FORMS)
     with console.err.status("counting"):
-        result = bench_launches(model, clients, not without_peft, batch_size)
+        result = bench_launches(model, clients, batch_size, only or FORMS)
     _deliver(_json(result), output, as_json, lambda: print(markdown(result["rows"]), end=""))
 
 

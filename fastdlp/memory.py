@@ -23,8 +23,7 @@ def activation_bytes(shape: TowerShape, tokens: int, heads: int, itemsize: int, 
     Kept per token and block: the residual stream before each of its halves, q, k and v, attention's output and what
     the MLP's activation was given. torch's attention keeps its output in its own layout as well on a GPU; on a CPU the
     plain form keeps the probabilities. The Triton form holds shares of the adapters' gradients until the backward ends,
-    in fp32: SHARE_RANK for each input and output of a linear and SHARE_ROWS rows. (tests/test_memory.py counts all but
-    the shares.)
+    in fp32: SHARE_RANK for each input and output of a linear and SHARE_ROWS rows, twice as many for fc2's input.
 
     Args:
         shape: of the tower.
@@ -37,7 +36,7 @@ def activation_bytes(shape: TowerShape, tokens: int, heads: int, itemsize: int, 
     stream, attention, mlp = 2 * shape.width, 4 * shape.width, shape.mlp
     shares = 0
     if backend == "triton":
-        shares = shape.layers * (10 * shape.width + 2 * shape.mlp) * SHARE_RANK * 4 // SHARE_ROWS
+        shares = shape.layers * (10 * shape.width + 3 * shape.mlp) * SHARE_RANK * 4 // SHARE_ROWS
     else:
         attention += heads * tokens if device == "cpu" else shape.width
     running = 4 * shape.width + 3 * shape.mlp  # gradients and temporaries of one block

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastdlp.bench.launches import _bytes_of_launches, bench_launches, count
+from fastdlp.bench.launches import FORMS, _bytes_of_launches, bench_launches, count
 from fastdlp.kernels.launch import Launch
 from tests.models import tiny_clip
 
@@ -34,7 +34,7 @@ def test_bytes_of_launches() -> None:
 
 
 def test_the_fused_form_launches_less(tmp_path: Path) -> None:
-    result = bench_launches(tiny_clip(tmp_path / "model", quick_gelu=True), 2, with_peft=False)
+    result = bench_launches(tiny_clip(tmp_path / "model", quick_gelu=True), 2, 2, FORMS[1:])
     rows = {row["form"]: row for row in result["rows"]}
     for teacher, forwards in (("fresh", 3), ("pre-update", 2)):
         torch_form, fused = (rows[f"fastdlp --teacher {teacher} --backend {b}"] for b in ("torch", "triton"))

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from fastdlp import memory
 from fastdlp.bank import AdapterBank
+from fastdlp.bench import cases
 from fastdlp.clip import load_clip
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.groups import RowGroups
+from fastdlp.kernels.launch import recording
+from fastdlp.kernels.tiles import assume
 from fastdlp.memory import GRAPHS, activation_bytes, rows_at_once
 from fastdlp.sites import Branch, TowerShape, tower_sites
 from tests.models import tiny_clip
@@ -66,6 +69,23 @@ def test_what_is_kept_is_what_is_estimated(tmp_path: Path, backend: str) -> None
     per_block = estimate / shape.layers
     kept = kept_bytes(tower, rows, tokens, backend)
     assert estimate - 1.05 * per_block <= kept <= 1.2 * estimate
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_shares_are_what_is_estimated(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten clients' two branches on ViT-B/32, whose last block needs fewer."""
+    model, views = cases.Model("ViT-B/32", TOKENS, HEADS, False, VIT_B_32), cases.VIEWS[0]
+    tower, groups = cases.empty_tower(model, "quick_gelu", torch.bfloat16), RowGroups((32,) * 10, len(views))
+    bank = AdapterBank(tower_sites(VIT_B_32), cases.BRANCHES, 10, "meta")
+    adapters = bank.adapters(torch.arange(10, device="meta"), views, grad=True)
+    x = torch.empty(groups.rows, TOKENS, VIT_B_32.width, dtype=torch.bfloat16, device="meta")
+    with assume(arch), recording(dry=True):
+        tower.unit_features(x, groups, adapters)
+    found = adapters.folded(torch.bfloat16).folded.workspace().nbytes / groups.rows
+    estimate = activation_bytes(VIT_B_32, TOKENS, HEADS, 2, "triton", "cuda")
+    monkeypatch.setattr(memory, "SHARE_RANK", 0)
+    estimate -= activation_bytes(VIT_B_32, TOKENS, HEADS, 2, "triton", "cuda")
+    assert 0.85 * estimate <= found <= 1.05 * estimate
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
