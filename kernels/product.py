@@ -122,82 +122,43 @@ def _finish(
         mine = tl.where((owner == group)[:, None], low, 0.0)
         acc = tl.dot(mine, up, acc, input_precision=PRECISION)
 
-    column = part * N + tile_n * BLOCK_N
-    mask = here[:, None] if EVEN_N else here[:, None] & in_n[None, :]
-    out = corner * (PARTS * N) + column + m[:, None] * (PARTS * N) + n[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column + n) if EVEN_N else tl.load(bias_ptr + column + n, mask=in_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    if ARGUMENT == "read":
-        acc *= activated(tl.load(u_ptr + out, mask=mask, other=0.0).to(tl.float32), ACTIVATION)[1]
-    elif ACTIVATION != "none":
-        if ARGUMENT == "write":
-            tl.store(u_ptr + out, acc, mask=mask)
-        acc = activated(acc, ACTIVATION)[0]
-    if HAS_RESIDUAL:
-        residual = residual_ptr + corner * stride_rm + column + m[:, None] * stride_rm + n[None, :]
-        acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + out, acc, mask=mask)
+    # With dA in two halves, for φ'(u) and φ(u) of one read of u do not both fit beside the whole accumulator.
+    pieces = (acc,)
     if HAS_DA:
-        for step in tl.range(first * steps, (last + 1) * steps, num_stages=1):
-            slot, at = step // steps, step % steps * BLOCK_R
-            da = _share_of_da(
-                low_ptr + corner * L + at,
-                u_ptr + corner * N + tile_n * BLOCK_N,
-                row_group_ptr,
-                slot,
-                M - tile_m * BLOCK_M,
-                N - tile_n * BLOCK_N,
-                N,
-                GROUPS_PER_UP,
-                L,
-                BLOCK_R,
-                ACTIVATION,
-                EVEN_N,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-            )
-            share = tl.full((), tile_m + slot, tl.int64) * (R * N) + at * N + tile_n * BLOCK_N
-            in_share = (r < R - at)[:, None] if EVEN_N else (r < R - at)[:, None] & in_n[None, :]
-            tl.store(da_ptr + share + r[:, None] * N + n[None, :], da, mask=in_share)
-
-
-@triton.jit
-def _share_of_da(
-    q_ptr,
-    u_ptr,
-    row_group_ptr,
-    slot,
-    rows,
-    columns,
-    N,
-    VIEWS: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Qᵀ φ(u) over a tile's rows of one slot, slice by slice of the rows.
-
-    u is read a second time, from a cache: kept from the first, it would take registers beside the accumulator.
-    """
-    SLICE: tl.constexpr = min(BLOCK_M, 32)
-    m, n, r = tl.arange(0, SLICE), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    da = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
-    for m0 in tl.range(0, BLOCK_M, SLICE):
-        here = m < rows - m0
-        here &= tl.load(row_group_ptr + m0 + m, mask=here, other=-1) // VIEWS == slot
-        q = tl.load(q_ptr + m0 * L + m[None, :] * L + r[:, None], mask=here[None, :], other=0.0)
-        # φ(0) is 0: a neighbour's rows, which may hold what is not finite, add nothing.
-        mask = here[:, None] if EVEN_N else here[:, None] & (n < columns)[None, :]
-        u = tl.load(u_ptr + m0 * N + m[:, None] * N + n[None, :], mask=mask, other=0.0)
-        h = activated(u.to(tl.float32), ACTIVATION)[0].to(u.dtype)
-        da = tl.dot(q, h, da, input_precision=PRECISION)
-    return da
+        pieces = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    WIDTH: tl.constexpr = BLOCK_N // 2 if HAS_DA else BLOCK_N
+    n = tl.arange(0, WIDTH)
+    for piece in tl.static_range(BLOCK_N // WIDTH):
+        acc = pieces[piece]
+        n0 = tile_n * BLOCK_N + piece * WIDTH
+        column, in_n = part * N + n0, n < N - n0
+        mask = here[:, None] if EVEN_N else here[:, None] & in_n[None, :]
+        out = corner * (PARTS * N) + column + m[:, None] * (PARTS * N) + n[None, :]
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column + n) if EVEN_N else tl.load(bias_ptr + column + n, mask=in_n, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        if ARGUMENT == "read":
+            h, slope = activated(tl.load(u_ptr + out, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+            acc *= slope
+        elif ACTIVATION != "none":
+            if ARGUMENT == "write":
+                tl.store(u_ptr + out, acc, mask=mask)
+            acc = activated(acc, ACTIVATION)[0]
+        if HAS_RESIDUAL:
+            residual = residual_ptr + corner * stride_rm + column + m[:, None] * stride_rm + n[None, :]
+            acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + out, acc, mask=mask)
+        if HAS_DA:
+            h = h.to(y_ptr.dtype.element_ty)
+            for step in tl.range(first * steps, (last + 1) * steps, num_stages=1):
+                slot, at = step // steps, step % steps * BLOCK_R
+                mine = here & (owner == slot)
+                q = tl.load(low_ptrs + at, mask=mine[:, None], other=0.0)
+                # Both are masked: a neighbour's rows may hold what is not finite.
+                da = tl.dot(tl.trans(q), tl.where(mine[:, None], h, 0.0), input_precision=PRECISION)
+                share = tl.full((), tile_m + slot, tl.int64) * (R * N) + at * N + n0
+                in_share = (r < R - at)[:, None] if EVEN_N else (r < R - at)[:, None] & in_n[None, :]
+                tl.store(da_ptr + share + r[:, None] * N + n[None, :], da, mask=in_share)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -32,9 +32,7 @@ COUNTS = ["tokens", "heads"]
 def _probabilities(q, k, query, key, tokens, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """exp(q kᵀ / √d − maximum) [queries, keys] in fp32, 0 where a key is not seen, and the sum of every row."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    seen = (key < tokens)[None, :]
-    if CAUSAL:
-        seen = seen & (key[None, :] <= query[:, None])
+    seen = key[None, :] <= tl.minimum(query, tokens - 1)[:, None] if CAUSAL else (key < tokens)[None, :]
     scores = tl.where(seen, scores, float("-inf"))  # every row sees key 0, so no maximum is −∞
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return p, tl.sum(p, 1)
