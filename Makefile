@@ -11,7 +11,7 @@ help: ## this list
 	.venv/bin/pip install -e '.[dev]'
 
 test: .venv ## the tests
-	.venv/bin/pytest
+	.venv/bin/pytest -q -n 2 --dist loadfile
 
 lint: .venv ## ruff and the type checker
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
