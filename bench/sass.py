@@ -61,8 +61,8 @@ def count_main_loop(sass: str) -> dict[str, int]:
     """Counts of COUNTED for one iteration of the main loop, and "loop", its number of instructions.
 
     The main loop is the innermost that holds tensor instructions; of several, one with asynchronous copies (a low-rank
-    product has a loop of its own, not pipelined), then the one with the most HGMMA, HMMA and copies. Without any it is
-    the innermost with the most loads. A kernel without a loop is counted as a whole, with "loop" 0.
+    product has a loop of its own, not pipelined), then the one with the most tensor instructions, then copies. Without
+    any it is the innermost with the most loads. A kernel without a loop is counted as a whole, with "loop" 0.
     """
     code = {
         int(address, 16): Instruction(int(address, 16), guard, opcode, operands.strip())
@@ -81,8 +81,10 @@ def count_main_loop(sass: str) -> dict[str, int]:
     candidates = candidates or _innermost([loop for loop in loops if size(loop, "ldg", *copies)])
     if not candidates:
         return {name: count(reached, name) for name in COUNTED} | {"loop": 0}
-    deciding = ("hgmma", "hmma", *copies, "ldg")
-    main = max(candidates, key=lambda loop: (size(loop, *copies) > 0, *(count(loop, name) for name in deciding)))
+    main = max(
+        candidates,
+        key=lambda loop: (size(loop, *copies) > 0, size(loop, *tensor), size(loop, *copies), size(loop, "ldg")),
+    )
     # Without the retries of failed waits, which are loops inside.
     once = main.difference(*(loop for loop in loops if loop < main))
     return {name: count(once, name) for name in COUNTED} | {"loop": len(once)}
