@@ -107,7 +107,7 @@ def bench_launches(model: str, clients: int, batch: int, only: Sequence[str] = F
     A first step goes before the one that is counted: it makes tables that are kept. Launches do not depend on `batch`.
 
     Args:
-        only: of FORMS; what they compute on the CPU takes minutes for ten clients of 32 images, but for "triton".
+        only: of FORMS. All but "triton" compute on the CPU, which takes minutes for ten clients of 32 images.
 
     Raises:
         FastdlpError: PEFT is wanted and not installed.
@@ -118,9 +118,7 @@ def bench_launches(model: str, clients: int, batch: int, only: Sequence[str] = F
     if "peft" in only:
         forms.append(("PEFT, adapters cast", clients, PeftRounds(problem.small(1), "bf16", cpu, cast=True).step))
     for teacher in ("fresh", "pre-update"):
-        for backend in FORMS[1:]:
-            if backend not in only:
-                continue
+        for backend in (form for form in FORMS[1:] if form in only):
             rounds = image_rounds(problem, "bf16", cpu, backend, teacher=teacher)
             forms.append((f"fastdlp --teacher {teacher} --backend {backend}", 1, rounds.step))
     rows = []

@@ -197,7 +197,8 @@ def _reserve(folded: Folded, span: Span, groups: RowGroups, like: Tensor, activa
     """`activated`: the linear's input is recomputed from an activation's argument, as fc2's."""
     site = folded.site(*span)
     shape = groups.rows, site.parts * site.out, site.down.shape[2]
-    return folded.use(*span, groups, gradients_tile(like, *shape)["BLOCK_M"], rows_of_tile(like, *shape) * activated)
+    tile = rows_of_tile(like, *shape) if activated else 0
+    return folded.use(*span, groups, gradients_tile(like, *shape)["BLOCK_M"], tile)
 
 
 class _Linear(torch.autograd.Function):

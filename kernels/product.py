@@ -208,7 +208,7 @@ def product_kernel(
     ARGUMENT says what u [M, PARTS·N] is: "write" stores the activation's argument beside y, for the backward; "read"
     multiplies by φ'(u) in place of applying φ, which makes dX of the linear behind an activation the dY of the one
     before it; "none" has no u. With HAS_DA (and "read") every row tile t also leaves its share of dA = Qᵀ φ(u) for each
-    slot s that it has rows of, as number t + s [R, N]: in no other kernel would φ(u) have to be read for it.
+    slot s that it has rows of, as number t + s [R, N], so that no other kernel reads u.
 
     2·M·PARTS·N·(K + RANK) FLOP, and 2·M·N·RANK for dA; in bf16 reads 2·(M·K + PARTS·N·K + M·L) bytes and `up`, writes
     2·M·PARTS·N, and as much again for u and for a residual, and 4·R·N bytes a share of dA.
