@@ -20,6 +20,10 @@ BAND = 2**15  # elements on either side of a guarded operand: a tile's worth, so
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # as many threads in all as there are cores: more wait for each other
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for what the tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
