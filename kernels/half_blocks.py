@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastdlp.kernels.activation import KEPT
 from fastdlp.kernels.fold import Source, fold, sum_shares
@@ -84,6 +85,7 @@ class _Fold(torch.autograd.Function):
         return leaves[0].new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
         found: list[Any] = [None, None]
         for number, source in enumerate(ctx.sources):
@@ -223,6 +225,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 8
@@ -254,12 +257,13 @@ class _MLPHalf(torch.autograd.Function):
         y, _, P2, _ = forward_of(h, fc2, folded.site(*spans[1]), groups, x if skip else None, keep)
         if keep:
             ctx.fc1, ctx.fc2, ctx.folded, ctx.spans, ctx.groups, ctx.skip = fc1, fc2, folded, spans, groups, skip
-            ctx.uses = [_reserve(folded, span, groups, x, span is spans[1]) for span in spans]
+            ctx.uses = [_reserve(folded, spans[0], groups, x), _reserve(folded, spans[1], groups, x, activated=True)]
             ctx.save_for_backward(x, stats, P1, u, P2)
             ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 9
@@ -305,6 +309,7 @@ class _AttentionHalf(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 10

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastdlp.kernels.launch import launch, tiles_of
 from fastdlp.kernels.product import COUNTS
@@ -63,6 +64,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         dx = y.new_empty(y.shape, dtype=ctx.dtype)

@@ -237,6 +237,16 @@ def test_a_backward_that_asks_for_x_alone_leaves_nothing_behind(device: torch.de
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("half", HALVES)
+def test_a_second_derivative_is_refused(half: str, device: torch.device) -> None:
+    """The kernels' gradients have none, and zeros would be wrong."""
+    p, x = small(device)
+    y = HALVES[half](p, p.adapters(), x.requires_grad_(), False, True)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 def test_a_site_runs_once_a_forward(device: torch.device) -> None:
     p, x = small(device)
     adapters = p.adapters()
