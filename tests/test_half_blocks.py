@@ -239,7 +239,7 @@ def test_a_backward_that_asks_for_x_alone_leaves_nothing_behind(device: torch.de
 
 @pytest.mark.parametrize("half", HALVES)
 def test_a_second_derivative_is_refused(half: str, device: torch.device) -> None:
-    """The kernels' gradients have none, and zeros would be wrong."""
+    """The kernels' gradients have none."""
     p, x = small(device)
     y = HALVES[half](p, p.adapters(), x.requires_grad_(), False, True)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
