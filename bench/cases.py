@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank, View
+from fastdlp.adapters.bank import AdapterBank, View
+from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
+from fastdlp.adapters.optimizer import Hyperparameters, update
+from fastdlp.clip.tower import Block, Tower
 from fastdlp.kernels.adamw import THRESHOLDS
 from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import Launch, recording
-from fastdlp.optimiser import Hyperparameters, update
-from fastdlp.sites import Branch, TowerShape, tower_sites
-from fastdlp.tower import Block, Tower
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from fastdlp.config import TrainConfig
-from fastdlp.training import Listener, train
+from fastdlp.run.train import Callbacks, train
 
 METHODS, BETAS, ENCODERS, SEEDS = ("local", "flora", "feddlp"), (0.1, 0.01), ("image", "text"), (0, 1, 42)
 FIGURES = ("zero_shot", "accuracy_last", "accuracy_best_test", "clients_lowest", "gates_zero_share", "seconds_total")
@@ -39,7 +39,7 @@ def demonstrate(
                             rounds=rounds,
                             out=str(Path(folder) / "run"),
                         )
-                        runs.append(train(config, listener=Listener()))
+                        runs.append(train(config, callbacks=Callbacks()))
                 rows.append(
                     {
                         "encoder": encoder,

@@ -19,7 +19,7 @@ from fastdlp.bench.forms import Case
 from fastdlp.bench.kernels import TOWERS, cases
 from fastdlp.bench.tune import LINEARS, describe
 from fastdlp.bench.work import make_work
-from fastdlp.device import DTYPES, pick_device
+from fastdlp.engine.device import DTYPES, pick_device
 from fastdlp.kernels.tiles import Tile, architecture, table, tile_for, tile_of
 
 PRECISIONS = {torch.finfo(dtype).bits // 8: name for name, dtype in DTYPES.items()}

@@ -9,23 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.adapters.optimizer import Hyperparameters
 from fastdlp.bench.problem import ALPHA, CHECKED, Problem
 from fastdlp.bench.products import FrozenProducts
 from fastdlp.bench.runner import Losses
-from fastdlp.build_task import moved_stem
+from fastdlp.clip.tower import Tower
 from fastdlp.config import TrainConfig
-from fastdlp.device import DTYPES
-from fastdlp.engine import Engine, RoundLosses, Schedule, Slot
+from fastdlp.engine.cuda_graph import cuda_graphs
+from fastdlp.engine.device import DTYPES
+from fastdlp.engine.engine import Engine, RoundLosses, Schedule, Slot
+from fastdlp.engine.images import TokenSource
+from fastdlp.engine.tasks import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
 from fastdlp.methods import make_method
 from fastdlp.methods.base import Method
-from fastdlp.objective import Objective
-from fastdlp.optimiser import Hyperparameters
-from fastdlp.replay import cuda_graphs
-from fastdlp.resident import TokenSource
-from fastdlp.sites import tower_sites
-from fastdlp.task import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
-from fastdlp.tower import Tower
+from fastdlp.methods.losses import Objective
+from fastdlp.run.build_task import moved_stem
 
 XI = 5e-5  # the gates' threshold
 
@@ -134,7 +134,7 @@ def text_rounds_over(
 def text_task(
     problem: Problem, images: Tensor, precision: str, device: torch.device, backend: str, plain: bool = False
 ) -> TextTask:
-    """The task over image features [samples, d] fp32, not normalised.
+    """The task over image features [samples, d] fp32, not normalized.
 
     Args:
         plain: the prompts at their full length, and the last block for all of their tokens.
@@ -172,7 +172,7 @@ def initial_bank(
     sites = tower_sites(problem.clip.tower(method.config.encoder).shape)
     bank = AdapterBank(sites, method.branches(), clients, device, backend)
     seeds = {"local": [[0, 2, client] for client in range(clients)], "global": [[0, 3]] * clients}
-    bank.initialise("gaussian", {name: seeds[name] for name in bank.state})
+    bank.initialize("gaussian", {name: seeds[name] for name in bank.state})
     generator = torch.Generator().manual_seed(1)
     for state in bank.state.values():
         if len(bank.state) > 1:
@@ -198,7 +198,7 @@ class Pixels:
     def __call__(self, samples: np.ndarray) -> Tensor:
         return self.pixels[torch.from_numpy(samples)]
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         return pixels
 
 

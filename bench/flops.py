@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdlp.bench.problem import Problem
-from fastdlp.tower import Tower
+from fastdlp.clip.tower import Tower
 
 
 def forward_flops(tower: Tower, tokens: int) -> int:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdlp.adapters.branches import Branch
 from fastdlp.kernels.dual_lora import dual_lora
 from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.sites import Branch
 
 BRANCHES = (Branch("local", 4, True), Branch("global", 2, False))  # in the order of the views and of the ranks
 RANK = sum(branch.rank for branch in BRANCHES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdlp.bench.problem import Problem
 from fastdlp.bench.runner import Losses
 from fastdlp.bench.turns import stacked
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 
 
 class FullRounds:
@@ -49,19 +49,19 @@ class FullRounds:
     def _epoch(self, client: int, steps: range) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self.parameters], self.server)
-        optimiser = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.parameters, lr=self.problem.lr, weight_decay=0.0, foreach=True
         )  # a GPU's default
-        return [self._train(optimiser, self.pixels[client, step], self.labels[client, step]) for step in steps]
+        return [self._train(optimizer, self.pixels[client, step], self.labels[client, step]) for step in steps]
 
-    def _train(self, optimiser: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _train(self, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         mixed = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
         with mixed:
             image, text = self.net.encode_image(pixels), self.net.encode_text(self.ids)
         loss = _cross_entropy(image, text, labels, self.problem.clip.logit_scale)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         return {"ce_global": loss.detach()}
 
 
@@ -78,6 +78,6 @@ def frozen_cross_entropy(problem: Problem, device: torch.device) -> Losses:
 
 
 def _cross_entropy(image: Tensor, text: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Of features [batch, d] with [K, d], neither normalised, in fp32."""
+    """Of features [batch, d] with [K, d], neither normalized, in fp32."""
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
     return F.cross_entropy(scale * image @ text.T, labels)

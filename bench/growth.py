@@ -30,21 +30,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.optimizer import Hyperparameters
 from fastdlp.bench.machine import machine
 from fastdlp.bench.problem import ALPHA, CLASSES, LR
-from fastdlp.build_task import Built, build_task
-from fastdlp.clip import Clip, load_clip
+from fastdlp.clip.load import Clip, load_clip
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels
-from fastdlp.device import DTYPES, pick_backend
-from fastdlp.engine import Engine, RoundLosses, Schedule, Slot
+from fastdlp.engine.device import DTYPES, pick_backend
+from fastdlp.engine.engine import Engine, RoundLosses, Schedule, Slot
 from fastdlp.errors import FastdlpError
-from fastdlp.federation import PACKED
 from fastdlp.methods.feddlp import FedDLP
-from fastdlp.objective import Objective
-from fastdlp.optimiser import Hyperparameters
+from fastdlp.methods.losses import Objective
 from fastdlp.report.style import FAINT, GRID, INK, PALETTE, logarithmic, look, pale, panels, png
+from fastdlp.run.build_task import Built, build_task
+from fastdlp.run.setup import PACKED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,7 +231,7 @@ def _engine(
     """An engine of these clients, whose adapters all begin alike: one draw, however many they are."""
     clients = len(setting.sizes)
     bank = AdapterBank(built.sites, method.branches(), clients, device, backend)
-    bank.initialise("gaussian", {"local": [[0, 2]] * clients, "global": [[0, 3]] * clients})
+    bank.initialize("gaussian", {"local": [[0, 2]] * clients, "global": [[0, 3]] * clients})
     generator = torch.Generator().manual_seed(1)
     for state in bank.state.values():  # B away from zero, so that every term of the step is live
         state.weights += 0.01 * torch.randn(state.weights.shape[1], generator=generator).to(device)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdlp.clip import Clip
+from fastdlp.clip.load import Clip
+from fastdlp.clip.tower import Tower
 from fastdlp.export.peft_format import LINEARS
-from fastdlp.tower import Tower
 
 
 def hugging_face_tower(clip: Clip) -> nn.Module:

@@ -25,16 +25,16 @@ from typing import Any
 
 import torch
 
+from fastdlp.adapters.branches import TowerShape, tower_sites
 from fastdlp.bench import forms
 from fastdlp.bench.forms import Case, Form, Operands
 from fastdlp.bench.machine import machine
 from fastdlp.bench.survive import survive
 from fastdlp.bench.timing import Times, graph_stream, measure
-from fastdlp.device import DTYPES, free_memory
+from fastdlp.engine.device import DTYPES, free_memory
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import frozen_linear
-from fastdlp.sites import TowerShape, tower_sites
 
 TOLERANCE = {"fp32": 5e-5, "bf16": 2e-2}  # of ‖out − right‖ / ‖right‖; TF32 would be 3e-4
 LINEARS = ("qkv", "out", "fc1", "fc2", "proj")

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdlp.bench.hugging_face import hugging_face_text_tower
 from fastdlp.bench.peft_baseline import PeftRounds
 from fastdlp.bench.problem import Problem
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 
 
 class PaperRounds(PeftRounds):

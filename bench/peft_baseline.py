@@ -19,7 +19,7 @@ from fastdlp.bench.engine import feddlp, initial_bank
 from fastdlp.bench.hugging_face import hugging_face_tower
 from fastdlp.bench.problem import ALPHA, Problem
 from fastdlp.bench.turns import TurnsRounds
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 from fastdlp.export.peft_format import LINEARS
 
 HF_NAMES = LINEARS | {"proj": "visual_projection"}
@@ -63,7 +63,7 @@ class PeftRounds(TurnsRounds):
         model.add_adapter("global", config("global"), autocast_adapter_dtype=not cast)
         self.model = model
         self.adapters = {adapter: self._parameters(adapter, bank.named(adapter, 0)) for adapter in bank.lora}
-        self.optimisers = {
+        self.optimizers = {
             adapter: torch.optim.AdamW(list(parameters.values()), lr=problem.lr, weight_decay=0.0, **options)
             for adapter, parameters in self.adapters.items()
         }
@@ -71,7 +71,7 @@ class PeftRounds(TurnsRounds):
         for client in range(problem.clients):
             named = {adapter: bank.named(adapter, client) for adapter in self.adapters}
             starts.append({a: [named[a][name] for name in parameters] for a, parameters in self.adapters.items()})
-        self.begin({a: list(p.values()) for a, p in self.adapters.items()}, self.optimisers, starts, "global")
+        self.begin({a: list(p.values()) for a, p in self.adapters.items()}, self.optimizers, starts, "global")
 
     def train(self, client: int, step: int) -> dict[str, Tensor]:
         return self._step(self.pixels[client, step], self.labels[client, step])
@@ -100,16 +100,16 @@ class PeftRounds(TurnsRounds):
         return self.scale * F.normalize(features, dim=-1) @ self._class_features().T
 
     def _class_features(self) -> Tensor:
-        """[K, d] fp32, normalised."""
+        """[K, d] fp32, normalized."""
         return self.text
 
     def _casting(self) -> Any:
         return torch.autocast(self.device.type, self.dtype) if self.autocast else nullcontext()
 
     def _update(self, adapter: str, loss: Tensor) -> None:
-        self.optimisers[adapter].zero_grad()
+        self.optimizers[adapter].zero_grad()
         loss.backward()
-        self.optimisers[adapter].step()
+        self.optimizers[adapter].step()
 
     def _parameters(self, adapter: str, named: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """PEFT's parameters of an adapter by the bank's names, without gates."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.clip import Clip, class_prompts, load_clip
-from fastdlp.task import Prompts, frozen_text_features
+from fastdlp.clip.load import Clip, class_prompts, load_clip
+from fastdlp.engine.tasks import Prompts, frozen_text_features
 
 # The Oxford-IIIT Pets' classes, in the paper's prompt. OpenAI's own for them has ", a type of pet" behind.
 PETS = (
@@ -34,9 +34,9 @@ CHECKED = 3  # steps of every client whose losses are compared
 class Problem:
     """Images and labels of every client and batch, and the class prompts.
 
-    Shapes: pixels [clients, batches, batch, 3, S, S] normalised fp32; labels [clients, batches, batch]; ids
-    [K, context] token ids of the prompts; text [K, d] their normalised features by the frozen text tower, fp32. A round
-    takes the first `steps` batches of each client; there are at least CHECKED. lr: of every form's optimiser.
+    Shapes: pixels [clients, batches, batch, 3, S, S] normalized fp32; labels [clients, batches, batch]; ids
+    [K, context] token ids of the prompts; text [K, d] their normalized features by the frozen text tower, fp32. A round
+    takes the first `steps` batches of each client; there are at least CHECKED. lr: of every form's optimizer.
     """
 
     clip: Clip

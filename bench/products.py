@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdlp.clip.tower import Tower
 from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
-from fastdlp.tower import Tower
 
 
 @dataclass(frozen=True)

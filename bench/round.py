@@ -35,7 +35,7 @@ from fastdlp.bench.round_form import BASELINES, Form
 from fastdlp.bench.runner import Losses, Runner
 from fastdlp.bench.survive import survive
 from fastdlp.bench.text_forms import text_forms, text_references
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 
 PEAK_MS = 200.0  # of measuring the peak of a dtype

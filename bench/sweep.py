@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from fastdlp.bench.machine import machine
 from fastdlp.config import TrainConfig
-from fastdlp.device import pick_device
+from fastdlp.engine.device import pick_device
 from fastdlp.methods import make_method
-from fastdlp.record import ADAPTERS, METRICS
-from fastdlp.sweep import Grid, sweep
-from fastdlp.training import Listener, train
+from fastdlp.run.folder import ADAPTERS, METRICS
+from fastdlp.run.sweep import Grid, sweep
+from fastdlp.run.train import Callbacks, train
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def bench_sweep(config: TrainConfig, grid: Grid, tell: Callable[[str], None]) ->
         place = Path(folder)
         tell("the sweep")
         clock = time.perf_counter()
-        sweep(replace(config, out=str(place / "sweep")), grid, listener=Listener())
+        sweep(replace(config, out=str(place / "sweep")), grid, callbacks=Callbacks())
         together = time.perf_counter() - clock
         rows: list[Row] = []
         for name, member in grid.configs(config).items():

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.bank import Adapters
+from fastdlp.adapters.bank import Adapters
 from fastdlp.bench import engine, flops
 from fastdlp.bench.problem import Problem
 from fastdlp.bench.round_form import Form, References, told
 from fastdlp.bench.runner import Runner
-from fastdlp.build_task import moved_stem
-from fastdlp.device import DTYPES
-from fastdlp.objective import Outputs
-from fastdlp.task import ClassificationTask, Samples
+from fastdlp.engine.device import DTYPES
+from fastdlp.engine.tasks import ClassificationTask, Samples
+from fastdlp.methods.losses import Outputs
+from fastdlp.run.build_task import moved_stem
 
 GROUP = "FEDDLP, text"
 

@@ -32,7 +32,7 @@ from fastdlp.bench.machine import machine
 from fastdlp.bench.survive import survive
 from fastdlp.bench.timing import graph_stream, measure
 from fastdlp.bench.work import make_work
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.tiles import FALLBACK, Tile, table, tile_of

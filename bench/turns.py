@@ -26,7 +26,7 @@ class TurnsRounds(ABC):
     def begin(
         self,
         adapters: Mapping[str, Sequence[nn.Parameter]],
-        optimisers: Mapping[str, torch.optim.Optimizer],
+        optimizers: Mapping[str, torch.optim.Optimizer],
         starts: Sequence[Mapping[str, Sequence[Tensor]]],
         shared: str,
     ) -> None:
@@ -34,11 +34,11 @@ class TurnsRounds(ABC):
 
         Args:
             adapters: by name, the model's parameters.
-            optimisers: of each adapter.
+            optimizers: of each adapter.
             starts: of each client, by adapter, the values of these parameters.
             shared: the adapter that is averaged.
         """
-        moments = [tensor for name in adapters for tensor in _moments(optimisers[name], adapters[name])]
+        moments = [tensor for name in adapters for tensor in _moments(optimizers[name], adapters[name])]
         self._live = _grouped([p.detach() for name in adapters for p in adapters[name]] + moments)
         averaged = {p.data_ptr() for p in adapters[shared]}
         self._shared = [[i for i, t in enumerate(group) if t.data_ptr() in averaged] for group in self._live]
@@ -97,13 +97,13 @@ def stacked(losses: Sequence[Sequence[Mapping[str, Tensor]]]) -> Losses:
     return {name: np.array([[float(step[name]) for step in client] for client in losses]).T for name in names}
 
 
-def _moments(optimiser: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The optimiser's state, all zero. torch makes it in the first step, so one step is taken with zero gradients."""
+def _moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The optimizer's state, all zero. torch makes it in the first step, so one step is taken with zero gradients."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.zero_grad()
-    found = [tensor for parameter in parameters for tensor in optimiser.state[parameter].values()]
+    optimizer.step()
+    optimizer.zero_grad()
+    found = [tensor for parameter in parameters for tensor in optimizer.state[parameter].values()]
     for tensor in found:
         tensor.zero_()
     return found

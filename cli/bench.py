@@ -69,7 +69,7 @@ def round_(
     from fastdlp.bench.round_form import KEYS
     from fastdlp.bench.round_plot import draw_round
     from fastdlp.cli import console
-    from fastdlp.device import DTYPES, pick_backend, pick_device
+    from fastdlp.engine.device import DTYPES, pick_backend, pick_device
 
     if template.count("{}") != 1:
         raise FastdlpError(f"--template {template!r} needs exactly one {{}} for the class name")
@@ -157,7 +157,7 @@ def kernels(
     from fastdlp.bench.kernels import LINEARS, TOWERS, bench_kernels
     from fastdlp.bench.report import print_kernels
     from fastdlp.cli import console
-    from fastdlp.device import DTYPES, pick_device
+    from fastdlp.engine.device import DTYPES, pick_device
 
     on = pick_device(device)
     gpu = on.type == "cuda"
@@ -202,7 +202,7 @@ def profile(
     """The kernels of one FEDDLP step by torch's profiler, for each teacher; on a GPU of the replayed step."""
     from fastdlp.bench.profile import bench_profile, print_profile
     from fastdlp.cli import console
-    from fastdlp.device import DTYPES, pick_backend, pick_device
+    from fastdlp.engine.device import DTYPES, pick_backend, pick_device
 
     on = pick_device(device)
     gpu = on.type == "cuda"
@@ -240,7 +240,7 @@ def tune(
     from fastdlp.bench.tune import TABLE, format_table
     from fastdlp.bench.tune import tune as measure_table
     from fastdlp.cli import console
-    from fastdlp.device import DTYPES, pick_device
+    from fastdlp.engine.device import DTYPES, pick_device
 
     precisions = dtype or ["bf16", "fp32"]
     _known("--dtype", precisions, DTYPES)
@@ -329,7 +329,7 @@ def sweep(
     """A sweep on digits beside its members as runs of their own: how much faster, and whether they are the same."""
     from fastdlp.bench.sweep import bench_sweep, markdown
     from fastdlp.cli import console
-    from fastdlp.sweep import Grid
+    from fastdlp.run.sweep import Grid
 
     grid = Grid(tuple(lr or (3e-4, 1e-3, 3e-3, 1e-2)), tuple(alpha or (0.1, 1.0)), tuple(seed or (0, 1, 42)))
     with console.err.status("preparing") as status:
@@ -377,7 +377,7 @@ def growth(
     from fastdlp.bench.growth import CLIENTS, RANKS, bench_growth, growth_figure, print_growth
     from fastdlp.cli import console
     from fastdlp.config import EMBEDDED_MODEL
-    from fastdlp.device import DTYPES, pick_device
+    from fastdlp.engine.device import DTYPES, pick_device
 
     on = pick_device(device)
     gpu = on.type == "cuda"

@@ -27,8 +27,8 @@ from rich.table import Table
 from fastdlp.processes import leads
 
 if TYPE_CHECKING:
-    from fastdlp.federation import Federation
-    from fastdlp.rounds import Listener, Stopped
+    from fastdlp.run.loop import Callbacks, Stopped
+    from fastdlp.run.setup import Federation
 
 out = Console()
 err = Console(stderr=True)
@@ -46,18 +46,18 @@ def telling(text: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def watching(quiet: bool) -> Iterator[Listener]:
-    """A listener that shows progress and turns the first Ctrl-C into a stop after the running round.
+def watching(quiet: bool) -> Iterator[Callbacks]:
+    """A callbacks that shows progress and turns the first Ctrl-C into a stop after the running round.
 
     Of torchrun's processes the first shows progress; torchrun hands Ctrl-C to all of them.
     """
-    from fastdlp.rounds import Listener
+    from fastdlp.run.loop import Callbacks
 
-    listener = Listener()
+    callbacks = Callbacks()
     with _first_interrupt() as interrupted:
-        listener.should_stop = lambda: bool(interrupted)
+        callbacks.should_stop = lambda: bool(interrupted)
         if quiet or not leads():
-            yield listener
+            yield callbacks
             return
         columns = (
             SpinnerColumn(),
@@ -95,9 +95,9 @@ def watching(quiet: bool) -> Iterator[Listener]:
             def notice(text: str) -> None:
                 err.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-            listener.preparing, listener.started, listener.finished_round = preparing, started, finished_round
-            listener.notice = notice
-            yield listener
+            callbacks.preparing, callbacks.started, callbacks.finished_round = preparing, started, finished_round
+            callbacks.notice = notice
+            yield callbacks
 
 
 def print_stop(stopped: Stopped) -> None:

@@ -10,18 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastdlp.bank import AdapterBank
-from fastdlp.build_task import branch_shapes
-from fastdlp.clip import describe, parameter_shapes
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Tensors, tower_sites
+from fastdlp.adapters.serialization import message_bytes
+from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.data.names import check_name
 from fastdlp.data.partition import SCHEMES, Partition, counts, load_partition, make_partition
-from fastdlp.data.show import partition_figure, partition_table
-from fastdlp.data.sources import load_source
+from fastdlp.data.registry import check_name, load_source
 from fastdlp.errors import FastdlpError
-from fastdlp.exchange import message_bytes
 from fastdlp.methods import make_method
-from fastdlp.sites import Tensors, tower_sites
+from fastdlp.report.partition import partition_figure, partition_table
+from fastdlp.run.build_task import branch_shapes
 
 
 def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:

@@ -79,16 +79,16 @@ def train(
         check_partition_options(given)
     elif "out" in given:
         raise FastdlpError("--resume writes to the folder of its run: leave out --out")
-    from fastdlp import training
     from fastdlp.cli import console
+    from fastdlp.run import train as training
 
     try:
-        with console.watching(quiet or as_json) as listener:
+        with console.watching(quiet or as_json) as callbacks:
             if resume is not None:
                 rounds = given.pop("rounds", None)
-                summary = training.resume(resume, rounds, given, listener)
+                summary = training.resume(resume, rounds, given, callbacks)
             else:
-                summary = training.train(TrainConfig(**given), overwrite, listener)
+                summary = training.train(TrainConfig(**given), overwrite, callbacks)
     except training.Stopped as stopped:
         if not leads():  # torchrun ends the first process, which may still write, when another one fails
             return
@@ -120,8 +120,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Load the saved adapters of a run and score every client on its own test samples."""
-    from fastdlp import evaluation
     from fastdlp.cli import console
+    from fastdlp.export import evaluate as evaluation
 
     scores = evaluation.evaluate(run, device=device, data_dir=data_dir, adapter=adapter)
     if as_json:
@@ -160,7 +160,7 @@ def info(
     from fastdlp.cli import console, inspect
 
     if models:
-        from fastdlp.clip import known_models
+        from fastdlp.clip.load import known_models
 
         names = known_models()
         print(json.dumps(names) if as_json else "\n".join(names))

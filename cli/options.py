@@ -14,12 +14,12 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from fastdlp.config import DEFAULTS, DEMONSTRATION, PROTOCOLS, TrainConfig
-from fastdlp.data.names import DATASETS
+from fastdlp.data.registry import DATASETS
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method, resolve
 from fastdlp.methods.base import METHOD_OPTIONS
 
-WHAT, FEDERATION, OPTIMISER = "What to train", "Federation", "Optimiser and adapters"
+WHAT, FEDERATION, OPTIMISER = "What to train", "Federation", "Optimizer and adapters"
 SWITCHES, MACHINE, RECORD = "Paper or authors' code (each switch of --protocol alone)", "Machine", "Record"
 
 # name: (panel, help). The order is the order in --help.

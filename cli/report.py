@@ -31,7 +31,7 @@ def report(
 
 def _members(path: Path) -> list[Path]:
     """A run itself; of a sweep's folder the members that have not diverged."""
-    from fastdlp.sweep_folder import FILE, SweepFolder
+    from fastdlp.run.sweep_folder import FILE, SweepFolder
 
     if not (path / FILE).is_file():
         return [path]

@@ -13,8 +13,8 @@ from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 
 if TYPE_CHECKING:
-    from fastdlp.reproduce.plan import Plan
-    from fastdlp.reproduce.run import Watch
+    from fastdlp.report.paper.plan import Plan
+    from fastdlp.report.paper.run import Watch
 
 _WIDTH = 100  # columns of a comparison; a narrower terminal wraps it
 WHAT, SETTING, RUNNING = "What of the table", "Setting", "Runs"
@@ -146,7 +146,7 @@ def reproduce(
     Without options in the paper's setting, 100 rounds of ViT-B/32 for every entry and seed: hours on a GPU. The
     rehearsal is --dataset digits. Ctrl-C stops; the same command goes on. `ledger RUN` shows what one run exchanged.
     """
-    from fastdlp.reproduce.plan import make_plan
+    from fastdlp.report.paper.plan import make_plan
 
     if table == "ledger":
         return _ledger(run, target)
@@ -187,7 +187,7 @@ def reproduce(
 def _complete(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, partial: bool) -> list[TrainConfig]:
     """Run what is missing; returns what is missing still, which only --partial lets pass."""
     from fastdlp.cli import console
-    from fastdlp.reproduce.run import Interrupted, complete, missing
+    from fastdlp.report.paper.run import Interrupted, complete, missing
 
     configs = plan.configs()
     absent = missing(configs)
@@ -198,8 +198,8 @@ def _complete(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, parti
         )
     if no_run or not absent:
         return absent
-    with console.watching(quiet=True) as listener, _counting(len(configs), len(configs) - len(absent)) as watch:
-        watch.should_stop = listener.should_stop
+    with console.watching(quiet=True) as callbacks, _counting(len(configs), len(configs) - len(absent)) as watch:
+        watch.should_stop = callbacks.should_stop
         try:
             complete(absent, jobs, devices, watch)
         except Interrupted:
@@ -219,7 +219,7 @@ def _counting(total: int, finished: int) -> Iterator[Watch]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastdlp.cli import console
-    from fastdlp.reproduce.run import Watch
+    from fastdlp.report.paper.run import Watch
 
     shown = TextColumn("{task.description}", markup=False)
     columns = (shown, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -245,9 +245,9 @@ def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
     """Print the comparison and write it to a folder."""
     from fastdlp.cli import console
     from fastdlp.files import write_atomic
-    from fastdlp.reproduce.compare import compare, curve_rows, read_runs
-    from fastdlp.reproduce.picture import draw_bars, draw_curves
-    from fastdlp.reproduce.write import csv_text, markdown, notes, rich_table, sections
+    from fastdlp.report.paper.compare import compare, curve_rows, read_runs
+    from fastdlp.report.paper.plot import draw_bars, draw_curves
+    from fastdlp.report.paper.write import csv_text, markdown, notes, rich_table, sections
 
     found = read_runs(plan, [config.out for config in missing])
     rows = compare(plan, found)
@@ -271,7 +271,7 @@ def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
 def _ledger(run: Path | None, target: float | None) -> None:
     """Print what a client of one run exchanged: up to the target where one is given, else in all rounds."""
     from fastdlp.cli import console
-    from fastdlp.reproduce.ledger import read_ledger
+    from fastdlp.report.paper.ledger import read_ledger
 
     if run is None:
         raise FastdlpError("ledger needs a run: name the folder of a finished one")

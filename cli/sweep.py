@@ -58,14 +58,14 @@ def _sweep(
         check_partition_options(given)
         if "out" not in given:
             raise FastdlpError("a sweep needs a folder: pass --out")
-    from fastdlp import sweep as engine
-    from fastdlp import training
     from fastdlp.cli import console
+    from fastdlp.run import sweep as engine
+    from fastdlp.run import train as training
 
     try:
-        with console.watching(quiet or as_json) as listener:
+        with console.watching(quiet or as_json) as callbacks:
             if resume is not None:
-                summary = engine.resume_sweep(resume, listener)
+                summary = engine.resume_sweep(resume, callbacks)
             else:
                 config = TrainConfig(**given)
                 grid = engine.Grid(
@@ -73,7 +73,7 @@ def _sweep(
                     tuple(alpha or [config.alpha]),
                     tuple(seed or [config.seed]),
                 )
-                summary = engine.sweep(config, grid, overwrite, listener)
+                summary = engine.sweep(config, grid, overwrite, callbacks)
     except training.Stopped as stopped:
         console.print_stop(stopped)
         raise typer.Exit(130) from None

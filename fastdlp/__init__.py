@@ -17,18 +17,18 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels").is_dir():
 if TYPE_CHECKING:
     from fastdlp.config import TrainConfig
     from fastdlp.errors import FastdlpError
-    from fastdlp.evaluation import evaluate
     from fastdlp.export.api import export_adapter, load_adapter
-    from fastdlp.training import resume, train
+    from fastdlp.export.evaluate import evaluate
+    from fastdlp.run.train import resume, train
 
 _PUBLIC = {
     "FastdlpError": "errors",
     "TrainConfig": "config",
-    "evaluate": "evaluation",
+    "evaluate": "export.evaluate",
     "export_adapter": "export.api",
     "load_adapter": "export.api",
-    "resume": "training",
-    "train": "training",
+    "resume": "run.train",
+    "train": "run.train",
 }
 
 

@@ -93,7 +93,7 @@ class TrainConfig:
     batch_size: int = 32
     seed: int = 0
 
-    # optimiser
+    # optimizer
     lr: float | None = None
     gate_lr: float | None = None
     optimizer: Literal["adamw", "adam"] | None = None

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.bytes_tokenizer import VOCAB_SIZE, ByteTokenizer
+from fastdlp.clip.tokenizer import VOCAB_SIZE, ByteTokenizer
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
@@ -131,7 +131,7 @@ def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     """Printed glyphs as somebody might write them: [n, 64, 64] uint8 -> scans [n, 8, 8] uint8.
 
     The last steps are those by which `load_digits` came about, as its documentation has them: a 32x32
-    bitmap, normalised in size, of which the inked pixels of each 4x4 block are counted, 0 to 16.
+    bitmap, normalized in size, of which the inked pixels of each 4x4 block are counted, 0 to 16.
     """
     n = len(glyphs)
 
@@ -217,7 +217,7 @@ def load_digit_scans() -> tuple[Tensor, Tensor]:
 
 
 def build_model(model_cfg: dict[str, Any] = MODEL_CFG) -> CLIP:
-    """A plain `open_clip.CLIP` of this configuration, randomly initialised."""
+    """A plain `open_clip.CLIP` of this configuration, randomly initialized."""
     import open_clip
 
     return open_clip.CLIP(**model_cfg)

@@ -1,4 +1,4 @@
-"""Which form of the kernels each unit of a run takes, where `fastdlp.autotune` measured it. Standard library only.
+"""Which backend each unit of a run uses, where `fastdlp.engine.autotune` measured it. Standard library only.
 
 Written down, it is a value of `--backend`: a run folder's config holds it, so a resumed run takes the same forms and
 measures nothing, also on another machine. Where Triton does not run there, it is refused as `--backend triton` is.

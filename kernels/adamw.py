@@ -9,9 +9,10 @@ which are never clipped but thresholded after the step. For row i of the gradien
     p ← T_ξ(p)                                                    gates only
 
 Two forms, one signature: `adamw_reference` is the arithmetic of `torch.optim.AdamW` and
-`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_fused` is one launch for weights and gates
-and a tiny one before it that counts the steps and makes the bias corrections, in fp64; clipping takes another for the
-norms. What was declined: counting in the launch that steps (its programs run in no order), and a norm from atomics.
+`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_triton.adamw_fused` is one launch for
+weights and gates and a tiny one before it that counts the steps and computes the bias corrections in fp64; clipping
+takes another for the norms. Counting within the launch that steps would race, and norms by atomics would not be
+deterministic.
 
 Nothing here knows of clients or branches.
 """
@@ -106,37 +107,3 @@ def _adamw(stack: Stack, grads: Tensor, slots: Tensor, steps: Tensor, settings: 
     p.sub_(step_size * (new_m / (new_v.sqrt_().div_(root_correction).add_(settings.eps))))
     stack.params.index_copy_(0, slots, p)
     return p
-
-
-def adamw_fused(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
-    """`adamw_reference` in the Triton form; same arguments. Can be captured in a CUDA graph.
-
-    Raises:
-        ValueError: a threshold, a shape or a memory layout that the kernels do not take.
-    """
-    from fastdlp.kernels.adamw_triton import launch_adamw
-
-    _check(weights, gates, slots, steps, xi, settings)
-    launch_adamw(weights, gates, slots, steps, xi, settings)
-
-
-def _check(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
-    """What torch checks in the reference: a kernel reads wherever it is sent."""
-    if settings.threshold not in THRESHOLDS:
-        raise ValueError(f"adamw: unknown threshold {settings.threshold!r}: choose from {', '.join(THRESHOLDS)}")
-    count, fp32 = len(steps), torch.float32
-    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
-        "slots": (slots, (len(slots),), torch.int64),
-        "steps": (steps, (count,), torch.int64),
-        "xi": (xi, (count,), fp32),
-    }
-    for name, stack in (("weights", weights), ("gates", gates)):
-        width = stack.params.shape[-1]
-        expected |= {f"{name}.{field}": (getattr(stack, field), (count, width), fp32) for field in ("params", "m", "v")}
-        expected[f"{name}.lr"] = (stack.lr, (count,), fp32)
-        expected[f"{name}.grads"] = (stack.grads, (len(slots), width), fp32)
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ValueError(f"adamw: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
-        if tensor.device != steps.device or not tensor.is_contiguous():
-            raise ValueError(f"adamw: {name} must be contiguous and on {steps.device}, the device of steps")

@@ -11,11 +11,12 @@ Conventions of the kernels:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdlp.kernels.adamw import Settings, Stack
+from fastdlp.kernels.adamw import THRESHOLDS, Settings, Stack
 from fastdlp.kernels.launch import launch
 from fastdlp.kernels.tiles import tile_for
 
@@ -285,3 +286,35 @@ def _thresholded(v, xi, THRESHOLD: tl.constexpr):
         return tl.where(tl.abs(v) < xi, 0.0, v)
     else:
         return v
+
+
+def adamw_fused(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """`adamw_reference` in the Triton form; same arguments. Can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: a threshold, a shape or a memory layout that the kernels do not take.
+    """
+    _check(weights, gates, slots, steps, xi, settings)
+    launch_adamw(weights, gates, slots, steps, xi, settings)
+
+
+def _check(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: Tensor, settings: Settings) -> None:
+    """What torch checks in the reference: a kernel reads wherever it is sent."""
+    if settings.threshold not in THRESHOLDS:
+        raise ValueError(f"adamw: unknown threshold {settings.threshold!r}: choose from {', '.join(THRESHOLDS)}")
+    count, fp32 = len(steps), torch.float32
+    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+        "slots": (slots, (len(slots),), torch.int64),
+        "steps": (steps, (count,), torch.int64),
+        "xi": (xi, (count,), fp32),
+    }
+    for name, stack in (("weights", weights), ("gates", gates)):
+        width = stack.params.shape[-1]
+        expected |= {f"{name}.{field}": (getattr(stack, field), (count, width), fp32) for field in ("params", "m", "v")}
+        expected[f"{name}.lr"] = (stack.lr, (count,), fp32)
+        expected[f"{name}.grads"] = (stack.grads, (len(slots), width), fp32)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"adamw: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+        if tensor.device != steps.device or not tensor.is_contiguous():
+            raise ValueError(f"adamw: {name} must be contiguous and on {steps.device}, the device of steps")

@@ -123,7 +123,7 @@ def select(model: nn.Module, *views: View, sizes: Sequence[int] | None = None) -
 
 
 def branch_parameters(model: nn.Module, branch: str) -> dict[str, nn.Parameter]:
-    """All parameters of one branch by their names in the model's state: for an optimiser, a file, or FedAvg."""
+    """All parameters of one branch by their names in the model's state: for an optimizer, a file, or FedAvg."""
     return {
         f"{prefix}branches.{branch}.{name}": parameter
         for prefix, layer in _layers(model)

@@ -7,7 +7,7 @@ sets of adapters (a client, a user, a run of a sweep), each with the same named 
 Which rows belong to whom is said by samples, the entries of x's first dimension: slot by slot, and within a slot *view*
 by view, a view being the branches that its samples see, summed.
 
-Nothing here knows of rounds or of CLIP; optimiser, averaging and thresholds of gates are the caller's.
+Nothing here knows of rounds or of CLIP; optimizer, averaging and thresholds of gates are the caller's.
 """
 
 from __future__ import annotations

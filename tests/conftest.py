@@ -105,7 +105,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch allocates without initialising it holds NaN."""
+    """What torch allocates without initializing it holds NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)

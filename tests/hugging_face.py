@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from fastdlp.clip import Clip
-from fastdlp.tower import Tower
+from fastdlp.clip.load import Clip
+from fastdlp.clip.tower import Tower
 
 
 def clip_model(clip: Clip) -> CLIPModel:

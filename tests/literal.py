@@ -1,7 +1,7 @@
 """Federated fine-tuning of CLIP written out: one client, one batch, one step at a time, over plain modules.
 
 The yardstick that a run of fastdlp is held against (`test_replay.py`). It is written from the published descriptions
-and shares no code with the package: open_clip's own CLIP module (`literal_models.py`), torch's optimisers and gradient
+and shares no code with the package: open_clip's own CLIP module (`literal_models.py`), torch's optimizers and gradient
 clipping, averaging in a for loop. Slow and obvious.
 """
 
@@ -110,7 +110,7 @@ def reference_threshold(v: Tensor, xi: float) -> Tensor:
 
 
 GATED = ("feddlp", "local-sora", "combined")  # the local adapter has gates
-STREAMED = ("fedvmlc", "fedfft")  # whole weights: a client is the server's copy for a round, with an optimiser for it
+STREAMED = ("fedvmlc", "fedfft")  # whole weights: a client is the server's copy for a round, with an optimizer for it
 TRAINED: dict[str, Callable[[str], bool]] = {
     "image": lambda name: name.startswith("visual."),
     "text": lambda name: not name.startswith("visual.") and name != "logit_scale",
@@ -119,17 +119,17 @@ TRAINED: dict[str, Callable[[str], bool]] = {
 
 
 class Client:
-    """One client: every branch with the model that it is trained in and an optimiser of its own, and its samples."""
+    """One client: every branch with the model that it is trained in and an optimizer of its own, and its samples."""
 
     def __init__(self, models: dict[str, Model], settings: Settings, train: Tensor, test: Tensor) -> None:
         self.models, self.settings, self.train, self.test = models, settings, train, test
-        self.new_optimisers()
+        self.new_optimizers()
 
-    def new_optimisers(self) -> None:
-        """Optimisers that have seen nothing."""
-        self.optimisers = {branch: self.optimiser(branch) for branch in self.models}
+    def new_optimizers(self) -> None:
+        """Optimizers that have seen nothing."""
+        self.optimizers = {branch: self.optimizer(branch) for branch in self.models}
 
-    def optimiser(self, branch: str) -> torch.optim.Optimizer:
+    def optimizer(self, branch: str) -> torch.optim.Optimizer:
         s, model = self.settings, self.models[branch]
         groups = [{"params": model.weights(branch), "lr": s.lr}]
         if model.gates(branch):
@@ -198,7 +198,7 @@ class Federation:
         return AdaptedCLIP(self.clip, self.settings.encoder, adapters, self.settings.lora_alpha)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything trained of every client and of the server, named as a trace names it; of streamed clients none."""
+        """Everything trained of every client and of the server, as a trace names it; of sequential clients none."""
         owners: list[tuple[str, str, Model]] = []
         if self.settings.method not in STREAMED:
             owners += [(f"c{i}", branch, m) for i, c in enumerate(self.clients) for branch, m in c.models.items()]
@@ -242,7 +242,7 @@ class Federation:
         if self.settings.method in STREAMED:
             assert self.server is not None
             copy_tensors(self.server.tensors("global"), client.models["global"].tensors("global"))
-            client.new_optimisers()
+            client.new_optimizers()
 
     def refresh_copy(self, client: Client) -> None:
         """FedDAT: the frozen copy becomes what the global adapter is now."""
@@ -304,15 +304,15 @@ class Federation:
         return sum(divergences, torch.zeros(())) / len(divergences)
 
     def update(self, client: Client, loss: Tensor, *branches: str) -> None:
-        """One optimiser step on these branches, each clipped apart, then the threshold on their gates."""
+        """One optimizer step on these branches, each clipped apart, then the threshold on their gates."""
         models = {branch: client.models[branch] for branch in branches}
         for branch in branches:
-            client.optimisers[branch].zero_grad()
+            client.optimizers[branch].zero_grad()
         trained = [p for branch, model in models.items() for p in (*model.weights(branch), *model.gates(branch))]
         loss.backward(inputs=trained)
         for branch, model in models.items():
             self.clip_gradients(model, branch)
-            client.optimisers[branch].step()
+            client.optimizers[branch].step()
             with torch.no_grad():
                 for gate in model.gates(branch):
                     gate.copy_(self.threshold(gate))

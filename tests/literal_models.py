@@ -1,6 +1,6 @@
 """CLIP with what a method trains, as plain modules over open_clip's own: the models of the literal loop.
 
-Each has `logits`, and hands out what it trains by branch: `tensors` by name, `weights` and `gates` as the optimiser's
+Each has `logits`, and hands out what it trains by branch: `tensors` by name, `weights` and `gates` as the optimizer's
 two groups. Every forward starts from pixels and full-length prompts.
 """
 
@@ -197,7 +197,7 @@ class TrainedCLIP(nn.Module):
 
 
 class AttentionHead(TrainedCLIP):
-    """Frozen CLIP; one side's features are weighed, dimension by dimension, before they are normalised."""
+    """Frozen CLIP; one side's features are weighed, dimension by dimension, before they are normalized."""
 
     def __init__(self, clip: open_clip.CLIP, encoder: str, width: int) -> None:
         super().__init__(clip, {"fc1": nn.Linear(width, width), "fc2": nn.Linear(width, width)})

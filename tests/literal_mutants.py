@@ -50,12 +50,12 @@ class BackwardEpoch(Federation):
         return super().train(batches[::-1])
 
 
-class ForgetfulOptimiser(Federation):
-    """Optimisers made anew each round."""
+class ForgetfulOptimizer(Federation):
+    """Optimizers made anew each round."""
 
     def train(self, batches: Any) -> Any:
         for client in self.clients:
-            client.new_optimisers()
+            client.new_optimizers()
         return super().train(batches)
 
 
@@ -316,7 +316,7 @@ class NoTanh(OtherHead):
         return features * head.heads["fc2"](head.heads["fc1"](features)).softmax(dim=1)
 
 
-class NormalisedFirst(OtherHead):
+class NormalizedFirst(OtherHead):
     """The head sees unit vectors."""
 
     @staticmethod
@@ -333,7 +333,7 @@ class WeightsAlone(OtherHead):
         return head.heads["fc2"](head.heads["fc1"](features).tanh()).softmax(dim=1)
 
 
-class NormalisedFeatures(Federation):
+class NormalizedFeatures(Federation):
     """The classifier sees unit vectors."""
 
     def models(self) -> dict[str, Model]:
@@ -384,12 +384,12 @@ class ScoredAlone(Federation):
 
 
 class KeptMoments(Federation):
-    """Optimisers live from round to round."""
+    """Optimizers live from round to round."""
 
     def start_round(self, client: Client) -> None:
-        kept = client.optimisers
+        kept = client.optimizers
         super().start_round(client)
-        client.optimisers = kept
+        client.optimizers = kept
 
 
 class MatricesDecay(Federation):
@@ -397,10 +397,10 @@ class MatricesDecay(Federation):
 
     def start_round(self, client: Client) -> None:
         super().start_round(client)
-        ((group,),) = (optimiser.param_groups for optimiser in client.optimisers.values())
+        ((group,),) = (optimizer.param_groups for optimizer in client.optimizers.values())
         vectors = [p for p in group["params"] if p.ndim < 2]
         group["params"] = [p for p in group["params"] if p.ndim >= 2]
-        client.optimisers["global"].add_param_group({"params": vectors, "weight_decay": 0.0})
+        client.optimizers["global"].add_param_group({"params": vectors, "weight_decay": 0.0})
 
 
 class TrainedTemperature(Federation):
@@ -414,7 +414,7 @@ class TrainedTemperature(Federation):
     def start_round(self, client: Client) -> None:
         super().start_round(client)
         temperature = self.temperature(client).requires_grad_(True)
-        client.optimisers["global"].add_param_group({"params": [temperature]})
+        client.optimizers["global"].add_param_group({"params": [temperature]})
 
     def update(self, client: Client, loss: Tensor, *branches: str) -> None:
         (self.gradient,) = torch.autograd.grad(loss, [self.temperature(client)], retain_graph=True)

@@ -35,9 +35,10 @@ from torch import Tensor
 
 import fastdlp
 from fastdlp import TrainConfig
-from fastdlp.bytes_tokenizer import ByteTokenizer
+from fastdlp.clip.tokenizer import ByteTokenizer
 from fastdlp.data.partition import Partition, save_partition
-from fastdlp.data.sources import ImageSource, load_source
+from fastdlp.data.registry import load_source
+from fastdlp.data.sources import ImageSource
 from tests.literal import DEFAULTS, PROTOCOLS, Federation, Settings
 
 EACH, MOST, STRAY, NORM, BULK, ROUNDING = 2.0, 0.1, 2e-3, 2e-3, 3e-3, 1e-6  # see above

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastdlp.plan import Plan
-from fastdlp.task import ClassificationTask, Samples
+from fastdlp.engine.schedule import Plan
+from fastdlp.engine.tasks import ClassificationTask, Samples
 
 
 class Images:
@@ -23,7 +23,7 @@ class Images:
     def __call__(self, samples: np.ndarray) -> torch.Tensor:
         return self.pixels[torch.from_numpy(samples)]
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels
 
 

@@ -14,12 +14,12 @@ from fastdlp.kernels import tiles
 from fastdlp.kernels.adamw import (
     Settings,
     Stack,
-    adamw_fused,
     adamw_reference,
     clip_rows,
     reference_threshold,
     soft_threshold,
 )
+from fastdlp.kernels.adamw_triton import adamw_fused
 from fastdlp.kernels.launch import recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ def gradients(active: tuple[int, ...], D: int, Q: int, seed: int) -> tuple[Tenso
 
 
 class Exact:
-    """One slot in fp64, stepped by torch's own optimiser."""
+    """One slot in fp64, stepped by torch's own optimizer."""
 
     def __init__(self, bank: Bank, slot: int, settings: Settings) -> None:
         self.settings, self.xi = settings, bank.xi[slot].item()
@@ -92,7 +92,7 @@ class Exact:
             {"params": [self.weights], "lr": bank.weights.lr[slot].item()},
             {"params": [self.gates], "lr": bank.gates.lr[slot].item()},
         ]
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
         self.largest: dict[str, float] = {}  # by tensor, over all steps: what rounding errors are relative to
@@ -102,7 +102,7 @@ class Exact:
         self.weights.grad, self.gates.grad = weight_grad.double().cpu(), gate_grad.double().cpu()
         if self.settings.clip_norm:
             torch.nn.utils.clip_grad_norm_([self.weights], self.settings.clip_norm)
-        self.optimiser.step()
+        self.optimizer.step()
         self.gates.data = torch.tensor([self.thresholded(v) for v in self.gates.tolist()], dtype=torch.float64)
         self.record(self.state())
 
@@ -122,7 +122,7 @@ class Exact:
     def state(self) -> dict[str, Tensor]:
         found = {"weights.params": self.weights.detach(), "gates.params": self.gates.detach()}
         for name, param in (("weights", self.weights), ("gates", self.gates)):
-            moments = self.optimiser.state[param]
+            moments = self.optimizer.state[param]
             found |= {f"{name}.m": moments["exp_avg"], f"{name}.v": moments["exp_avg_sq"]}
         return found
 

@@ -13,26 +13,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp import federation, units
-from fastdlp.autotune import TOLERANCE, Meter, Unit, cuda_identity, select, tolerance_of
-from fastdlp.bank import AdapterBank, Adapters
-from fastdlp.clip import load_clip
+from fastdlp.adapters.bank import AdapterBank, Adapters
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.adapters.optimizer import Hyperparameters
+from fastdlp.clip.load import load_clip
 from fastdlp.config import TrainConfig
-from fastdlp.device import must_measure, pick_backend
+from fastdlp.engine import autotune_units as units
+from fastdlp.engine.autotune import TOLERANCE, Meter, Unit, cuda_identity, select, tolerance_of
+from fastdlp.engine.autotune_units import Load, Pass, optimizer_unit, passes, tower_units
+from fastdlp.engine.device import must_measure, pick_backend
+from fastdlp.engine.distributed import Shards
 from fastdlp.errors import FastdlpError
 from fastdlp.files import cache_root
 from fastdlp.kernels import backend as kernels_backend
 from fastdlp.kernels import tiles
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.methods import METHODS, make_method
-from fastdlp.optimiser import Hyperparameters
-from fastdlp.record import RunFolder
-from fastdlp.rounds import Listener
+from fastdlp.run import setup as federation
+from fastdlp.run.folder import RunFolder
+from fastdlp.run.loop import Callbacks
+from fastdlp.run.train import resume, train
 from fastdlp.selection import Choice, Selection, form_of, read_backend
-from fastdlp.shards import Shards
-from fastdlp.sites import tower_sites
-from fastdlp.training import resume, train
-from fastdlp.units import Load, Pass, optimizer_unit, passes, tower_units
 from tests.models import tiny_clip
 
 GPU = torch.device("cuda")
@@ -384,7 +385,7 @@ def test_the_tower_asks_for_every_unit(name: str, towers: Any, monkeypatch: pyte
 def test_a_cpu_measures_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(federation, "measured", lambda *args: pytest.fail("measured on a CPU"))
     told: list[str] = []
-    train(TrainConfig(partition=str(few), rounds=1, out=str(tmp_path / "run")), listener=Listener(notice=told.append))
+    train(TrainConfig(partition=str(few), rounds=1, out=str(tmp_path / "run")), callbacks=Callbacks(notice=told.append))
     config = RunFolder(tmp_path / "run").config()
     assert (config.backend, config.cuda_graph, told) == ("torch", False, [])
     assert not list(cache_root().glob("forms-*"))
@@ -421,14 +422,14 @@ def test_a_run_keeps_its_selection(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_run: Callable[[Path, Path], None]
 ) -> None:
     """Reported and in the config; a resumed run takes the same forms without measuring; scores need none."""
-    from fastdlp.evaluation import evaluate
+    from fastdlp.export.evaluate import evaluate
 
     model = tiny_clip(tmp_path / "model", vision={"width": 16, "head_width": 8}, quick_gelu=True)
     config = TrainConfig(partition=str(few), model=model, rounds=2, lr=1e-3)
     monkeypatch.setattr(federation, "must_measure", lambda name, *args: name == "auto")
     monkeypatch.setattr(federation, "measured", lambda *args: MIXED)
     told: list[str] = []
-    train(replace(config, out=str(tmp_path / "a")), listener=Listener(notice=told.append))
+    train(replace(config, out=str(tmp_path / "a")), callbacks=Callbacks(notice=told.append))
     assert told == [f"--backend auto: {MIXED.reason}"]
     assert RunFolder(tmp_path / "a").config().backend == str(MIXED)
 

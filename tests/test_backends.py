@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastdlp.config import TrainConfig
 from fastdlp.kernels.launch import recording
-from fastdlp.training import train
+from fastdlp.run.train import train
 from tests.models import tiny_clip
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastdlp.adapters.branches import TowerShape
 from fastdlp.bench import forms, kernels, timing
 from fastdlp.bench.forms import Case, Form, Operands
 from fastdlp.bench.report import print_kernels
-from fastdlp.clip import describe
+from fastdlp.clip.load import describe
 from fastdlp.kernels.dual_lora import dual_lora_reference
 from fastdlp.kernels.frozen import FrozenLinear
-from fastdlp.sites import TowerShape
 
 TINY = {"tiny": kernels.ImageTower(TowerShape(1, 32, 48, 16), 3)}
 CPU = torch.device("cpu")

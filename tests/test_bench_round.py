@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastdlp import tower
 from fastdlp.bench import (
     engine,
     flops,
@@ -30,6 +29,7 @@ from fastdlp.bench.problem import Problem, make_problem
 from fastdlp.bench.report import print_round
 from fastdlp.cli import bench as cli_bench
 from fastdlp.cli import console
+from fastdlp.clip import tower
 from fastdlp.kernels import dual_lora
 from tests.conftest import CLI
 from tests.models import tiny_clip

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdlp.adapters.branches import TowerShape
 from fastdlp.bench import tune
 from fastdlp.bench.kernels import ImageTower
 from fastdlp.bench.timing import Times
@@ -20,7 +21,6 @@ from fastdlp.bench.tune import Notes, OutOfTime, RowClass, Timing, choose, compi
 from fastdlp.bench.work import Work
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.tiles import Tile, table, tile_for
-from fastdlp.sites import TowerShape
 
 SMALL, LARGE = Tile(blocks={"BLOCK_M": 16}), Tile(blocks={"BLOCK_M": 64}, warps=8, stages=3)
 LIBRARY = Tile(form="torch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdlp.bytes_tokenizer import END, PAD, START, VOCAB_SIZE, ByteTokenizer
+from fastdlp.clip.tokenizer import END, PAD, START, VOCAB_SIZE, ByteTokenizer
 
 
 def test_ids_are_bytes_plus_one_between_start_and_end() -> None:

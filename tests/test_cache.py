@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from fastdlp.data.cache import Pixels, load_pixels
-from fastdlp.data.sources import ArraySource, FileSource, ImageSource, load_source
+from fastdlp.data.registry import load_source
+from fastdlp.data.sources import ArraySource, FileSource, ImageSource
 from fastdlp.data.transform import Transform
 from fastdlp.errors import FastdlpError
 

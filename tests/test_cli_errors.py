@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastdlp
-from fastdlp.exchange import load_tensors, save_tensors
-from fastdlp.training import Listener, Stopped
+from fastdlp.adapters.serialization import load_tensors, save_tensors
+from fastdlp.run.train import Callbacks, Stopped
 
 Refused = Callable[..., str]
 
@@ -336,7 +336,7 @@ def runs(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Stopped):
         fastdlp.train(
             _config(few, root / "half", rounds=4),
-            listener=Listener(should_stop=lambda: bool(asked.append(1) or len(asked) == 2)),
+            callbacks=Callbacks(should_stop=lambda: bool(asked.append(1) or len(asked) == 2)),
         )
     fastdlp.train(_config(few, root / "whole", rounds=4))
     return root

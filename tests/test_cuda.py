@@ -102,7 +102,7 @@ def _losses(run: Path, **options: object) -> list[float]:
     """Every loss of two rounds on the embedded data."""
     import json
 
-    from fastdlp.training import train
+    from fastdlp.run.train import train
 
     train(TrainConfig(rounds=2, clients=4, out=str(run), **options))  # type: ignore[arg-type]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -121,7 +121,7 @@ def test_graphs_follow_the_plain_steps(tmp_path: Path, encoder: str, teacher: st
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_no_step_waits_for_the_host(tmp_path: Path, graph: bool) -> None:
     """A round's steps with synchronisation turned into an error, after rounds that compile, fill caches and record."""
-    from fastdlp.federation import prepare
+    from fastdlp.run.setup import prepare
 
     engine = prepare(TrainConfig(device="cuda", clients=4, cuda_graph=graph, out=str(tmp_path))).engine
     for number in (1, 2):
@@ -146,7 +146,7 @@ def test_memory_stays_within_its_estimate(tmp_path: Path) -> None:
     """The peak of a round's activations against `activation_bytes`, ViT-B/32 in bf16."""
     from fastdlp.bench.engine import image_rounds
     from fastdlp.bench.problem import make_problem
-    from fastdlp.memory import GRAPHS, activation_bytes
+    from fastdlp.engine.memory import GRAPHS, activation_bytes
 
     problem, device = make_problem("ViT-B-32-quickgelu", 32, clients=10), torch.device("cuda")
     rounds = image_rounds(problem, "bf16", device)

@@ -98,7 +98,7 @@ def test_reference_is_the_written_formula() -> None:
     assert row == groups.rows
 
 
-def test_reference_normalises_activates_and_adds_as_written() -> None:
+def test_reference_normalizes_activates_and_adds_as_written() -> None:
     groups = RowGroups((2, 3), views=2)
     o = problem(groups, 2, 3, 5, 4)
     g = torch.Generator().manual_seed(1)

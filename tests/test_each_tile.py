@@ -16,7 +16,7 @@ from fastdlp.bench.each_tile import CASE, TableRow, table_rows
 from fastdlp.bench.kernels import TOLERANCE
 from fastdlp.bench.tune import LINEARS
 from fastdlp.bench.work import make_work
-from fastdlp.device import DTYPES
+from fastdlp.engine.device import DTYPES
 from fastdlp.kernels import frozen, tiles
 
 GPU = torch.cuda.is_available()

@@ -11,17 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdlp.bank import AdapterBank
-from fastdlp.clip import Clip, class_prompts, load_clip
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.adapters.optimizer import Hyperparameters
+from fastdlp.clip.load import Clip, class_prompts, load_clip
 from fastdlp.config import PROTOCOLS, TrainConfig
-from fastdlp.engine import Engine, Schedule, Slot, epoch_order
+from fastdlp.engine.cuda_graph import GraphedSteps
+from fastdlp.engine.engine import Engine, Schedule, Slot, epoch_order
+from fastdlp.engine.images import TokenSource
+from fastdlp.engine.tasks import ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
 from fastdlp.methods import make_method
-from fastdlp.objective import Objective
-from fastdlp.optimiser import Hyperparameters
-from fastdlp.replay import GraphedSteps
-from fastdlp.resident import TokenSource
-from fastdlp.sites import tower_sites
-from fastdlp.task import ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
+from fastdlp.methods.losses import Objective
 from tests.models import tiny_clip
 from tests.recording import Recorder
 from tests.steps import Images
@@ -79,7 +79,7 @@ def engine(
     m = make_method(config)
     bank = AdapterBank(tower_sites(clip.tower(encoder).shape), m.branches(), len(chosen))
     words = {"local": [[s.client] for s in chosen], "global": [[99]] * len(chosen), "frozen": [[99]] * len(chosen)}
-    bank.initialise("gaussian", words)
+    bank.initialize("gaussian", words)
     lr = torch.tensor([1e-3 * (1 + s.client) for s in chosen])  # every slot its own
     hyper = Hyperparameters(
         lr, lr / 2, torch.full_like(lr, 1e-4), 0.1 * (1 + lr * 1e3), clip_norm=options.pop("clip_norm", 0.0)
@@ -171,7 +171,7 @@ def test_padding_decides_nothing(clip: Clip, encoder: str, variant: str) -> None
         assert_same(rows(padded)[slot.client], rows(own)[slot.client], lr=1e-3 * (1 + slot.client))
 
 
-@pytest.mark.parametrize("resident", [1 << 40, 0], ids=["resident", "streamed"])
+@pytest.mark.parametrize("resident", [1 << 40, 0], ids=["resident", "sequential"])
 @pytest.mark.parametrize(
     ("encoder", "method", "variant"),
     [("image", "feddlp", v) for v in VARIANTS]

@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastdlp
-from fastdlp.bank import AdapterBank
-from fastdlp.clip import Clip, load_clip
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Branch, tower_sites
+from fastdlp.adapters.serialization import load_client, load_tensors, save_tensors
+from fastdlp.clip.load import Clip, load_clip
 from fastdlp.errors import FastdlpError
-from fastdlp.exchange import load_client, load_tensors, save_tensors
 from fastdlp.export import file_format
 from fastdlp.export.api import export_adapter, load_adapter
-from fastdlp.export.merged import FILE_PREPROCESSING, name_for_a_file
+from fastdlp.export.open_clip_format import FILE_PREPROCESSING, name_for_a_file
 from fastdlp.export.peft_format import twin, write_peft
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.sites import Branch, tower_sites
 from tests.hugging_face import clip_model
 from tests.models import tiny_clip
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastdlp
-from fastdlp.clip import load_clip
+from fastdlp.adapters.branches import TowerShape, tower_sites
+from fastdlp.clip.load import load_clip
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
 from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.file_format import write_adapter
-from fastdlp.export.merged import add
+from fastdlp.export.open_clip_format import add
 from fastdlp.export.peft_format import write_peft
-from fastdlp.sites import TowerShape, tower_sites
 from tests.hugging_face import clip_model
 from tests.models import tiny_clip
 

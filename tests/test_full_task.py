@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastdlp
-from fastdlp import build_task, optimiser
-from fastdlp.bank import AdapterBank, BranchState
-from fastdlp.clip import Clip, class_prompts, load_clip
-from fastdlp.engine import epoch_order
-from fastdlp.federation import prepare
-from fastdlp.full_task import FullTask, trains
-from fastdlp.heads import head_shapes
-from fastdlp.layout import flat
-from fastdlp.objective import Objective
-from fastdlp.optimiser import Hyperparameters, update
-from fastdlp.sites import Tensors
+from fastdlp.adapters import optimizer as optimizer
+from fastdlp.adapters.bank import AdapterBank, BranchState
+from fastdlp.adapters.branches import Tensors
+from fastdlp.adapters.heads import head_shapes
+from fastdlp.adapters.layout import flat
+from fastdlp.adapters.optimizer import Hyperparameters, update
+from fastdlp.clip.load import Clip, class_prompts, load_clip
+from fastdlp.engine.engine import epoch_order
+from fastdlp.engine.full_task import FullTask, trains
+from fastdlp.methods.losses import Objective
+from fastdlp.run import build_task
+from fastdlp.run.setup import prepare
 from tests.conftest import CLI
 from tests.models import tiny_clip
 from tests.steps import Images, samples_of
@@ -188,7 +189,7 @@ def test_the_server_s_file_is_what_clients_are_scored_with(
     net.load_state_dict(trained, strict=False)
     for client, slot in zip(summary["per_client"], federation.slots, strict=True):
         with torch.no_grad():
-            features = net.encode_image(task.pixels.normalise(task.pixels(slot.test)))
+            features = net.encode_image(task.pixels.normalize(task.pixels(slot.test)))
             if head:
                 logits = F.linear(features, head["classifier/weight"], head["classifier/bias"])
             else:
@@ -236,7 +237,7 @@ def test_clients_take_turns_from_the_server_s_copy(few: Path, tmp_path: Path) ->
 
 
 def test_the_checkpoint_holds_the_weights_alone(few: Path, tmp_path: Path) -> None:
-    """Every client's optimiser begins anew in each round."""
+    """Every client's optimizer begins anew in each round."""
     fastdlp.train(_config(few, tmp_path / "run", "fedfft"))
     state = load_file(tmp_path / "run" / "checkpoint.safetensors")
     assert set(state) == {"global/weights"}
@@ -273,7 +274,7 @@ ROWS, D, Q = 3, 101, 7
 
 def _stepped(whole: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> BranchState:
     """A branch after four updates of some of its rows, cut into columns where `whole` entries are too few."""
-    monkeypatch.setattr(optimiser, "WHOLE", whole)
+    monkeypatch.setattr(optimizer, "WHOLE", whole)
     g = torch.Generator().manual_seed(0)
 
     def rows(width: int) -> Tensor:
@@ -315,6 +316,6 @@ def test_a_whole_run_by_columns(
 ) -> None:
     options = {"clip_norm": 0.5, "method": "fedfft"}
     fastdlp.train(_config(few, tmp_path / "whole", **options))
-    monkeypatch.setattr(optimiser, "WHOLE", 100_000)
+    monkeypatch.setattr(optimizer, "WHOLE", 100_000)
     fastdlp.train(_config(few, tmp_path / "columns", **options))
     same_run(tmp_path / "whole", tmp_path / "columns")

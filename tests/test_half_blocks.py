@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank, Adapters
+from fastdlp.adapters.bank import AdapterBank, Adapters
+from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
 from fastdlp.kernels import half_blocks
 from fastdlp.kernels.dual_lora import dual_lora_reference
 from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import recording
-from fastdlp.sites import Branch, TowerShape, tower_sites
 from tests.awkward import DTYPES, Draw, assert_close, cases, exact
 
 pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp"), pytest.mark.usefixtures("guarded")]

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.bank import AdapterBank
-from fastdlp.frozen_task import FrozenTask
-from fastdlp.heads import HEADS, attend, classify, head_shapes, head_start
-from fastdlp.layout import flat
-from fastdlp.objective import Objective
-from fastdlp.sites import Tensors
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Tensors
+from fastdlp.adapters.heads import HEADS, attend, classify, head_shapes, head_start
+from fastdlp.adapters.layout import flat
+from fastdlp.engine.frozen_task import FrozenTask
+from fastdlp.methods.losses import Objective
 from tests.steps import samples_of
 
 D, K, SLOTS = 6, 4, 3

@@ -11,14 +11,14 @@ import open_clip
 import pytest
 import torch
 
-from fastdlp.bank import AdapterBank
-from fastdlp.build_task import branch_shapes
-from fastdlp.clip import describe, parameter_shapes
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Branch, Site, Tensors, TowerShape, tower_sites
+from fastdlp.adapters.layout import Layout, flat, lora_layout, spans, tensor_layout
+from fastdlp.adapters.serialization import message_bytes, pack
+from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.exchange import message_bytes, pack
-from fastdlp.layout import Layout, flat, lora_layout, spans, tensor_layout
 from fastdlp.methods import METHODS, make_method, resolve
-from fastdlp.sites import Branch, Site, Tensors, TowerShape, tower_sites
+from fastdlp.run.build_task import branch_shapes
 from tests.conftest import CLI
 
 SITES = tower_sites(TowerShape(2, 6, 10, 4))

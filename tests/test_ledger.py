@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 import fastdlp
-from fastdlp.reproduce.ledger import read_ledger
+from fastdlp.report.paper.ledger import read_ledger
 
 
 def test_six_rounds_on_vit_b_32(tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp import memory
-from fastdlp.bank import AdapterBank
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
 from fastdlp.bench import cases
-from fastdlp.clip import load_clip
+from fastdlp.clip.load import load_clip
+from fastdlp.engine import memory
+from fastdlp.engine.memory import GRAPHS, activation_bytes, rows_at_once
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import recording
 from fastdlp.kernels.tiles import assume
-from fastdlp.memory import GRAPHS, activation_bytes, rows_at_once
-from fastdlp.sites import Branch, TowerShape, tower_sites
 from tests.models import tiny_clip
 
 VIT_B_32 = TowerShape(layers=12, width=768, mlp=3072, embed=512)
@@ -30,7 +30,7 @@ def kept_bytes(tower: Any, rows: int, tokens: int, backend: str) -> int:
     """Bytes of all storages that a forward with adapters keeps for its backward, weights and adapters left out."""
     shape = tower.shape
     bank = AdapterBank(tower_sites(shape), [Branch("global", 2, gated=False, lora_alpha=16.0)], 1)
-    bank.initialise("gaussian", {"global": [[0]]})
+    bank.initialize("gaussian", {"global": [[0]]})
     adapters = bank.adapters(torch.tensor([0]), [("global",)], grad=True)
     found: dict[int, int] = {}
     ours = {t.untyped_storage().data_ptr() for A, B, c in adapters._stacked for t in (A, B, c)}

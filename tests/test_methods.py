@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import fastdlp
-from fastdlp import build_task
-from fastdlp.federation import prepare
+from fastdlp.adapters.branches import Branch, Tensors
 from fastdlp.methods import METHODS, resolve
-from fastdlp.sites import Branch, Tensors
-from fastdlp.training import Listener
+from fastdlp.run import build_task
+from fastdlp.run.setup import prepare
+from fastdlp.run.train import Callbacks
 from tests.conftest import CLI
 
 ALLOWED = [(name, encoder) for name, method in METHODS.items() for encoder in method.encoders]
@@ -63,7 +63,7 @@ def runs(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
                 if line["round"] == 1:
                     shutil.copytree(path, root / f"{path.name}-half")
 
-            fastdlp.train(_config(few, path, method, encoder), listener=Listener(finished_round=finished))
+            fastdlp.train(_config(few, path, method, encoder), callbacks=Callbacks(finished_round=finished))
         return path
 
     return run
@@ -167,7 +167,7 @@ def test_refused_encoders(method: str, encoder: str, tmp_path: Path, cli: CLI) -
 
 def test_both_encoders_are_for_full_fine_tuning_alone() -> None:
     assert {name for name, method in METHODS.items() if "both" in method.encoders} == {"fedfft"}
-    assert {name for name, method in METHODS.items() if method.streamed} == set(STREAMED)
+    assert {name for name, method in METHODS.items() if method.sequential} == set(STREAMED)
     assert {name for name, method in METHODS.items() if not method.shared} == {"local", "local-sora"}
 
 
@@ -264,7 +264,7 @@ def test_the_copy_is_in_no_file(runs: Callable[[str, str], Path]) -> None:
 def test_global_parts_start_equal_and_local_ones_apart(method: str, encoder: str, few: Path, tmp_path: Path) -> None:
     federation = prepare(_config(few, tmp_path, method, encoder))
     bank = federation.engine.bank
-    assert bank.slots == len(federation.bank_rows) == (1 if METHODS[method].streamed else 3)
+    assert bank.slots == len(federation.bank_rows) == (1 if METHODS[method].sequential else 3)
     for name, branch in bank.branches.items():
         rows = bank.state[name].weights
         assert all(torch.equal(rows[0], row) for row in rows) == (name != "local")

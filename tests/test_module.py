@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastdlp.bank import AdapterBank
-from fastdlp.clip import Clip, load_clip
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Branch, tower_sites
+from fastdlp.clip.load import Clip, load_clip
 from fastdlp.kernels.adapt import DualLoRAAttention, adapt, branch_parameters, merge, select
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import recording
 from fastdlp.kernels.module import DualLoRALinear
-from fastdlp.sites import Branch, tower_sites
 from tests.models import tiny_clip
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,7 +211,7 @@ def test_a_tower_equals_the_engines(pair: tuple[Clip, Any], encoder: str) -> Non
     clip, net = pair
     tower, x = clip.tower(encoder), inputs(clip, encoder)
     bank = AdapterBank(tower_sites(tower.shape), [Branch("local", 4, gated=True), Branch("global", 2, gated=False)], 2)
-    bank.initialise("gaussian", {"local": [[1], [2]], "global": [[3], [3]]})
+    bank.initialize("gaussian", {"local": [[1], [2]], "global": [[3], [3]]})
     for state in bank.state.values():
         state.weights += 0.05 * torch.randn(state.weights.shape, generator=torch.Generator().manual_seed(4))
     ours, layers = adapted(net, encoder, slots=2, **OPTIONS)

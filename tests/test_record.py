@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastdlp
-from fastdlp.federation import Federation
-from fastdlp.training import Listener
+from fastdlp.run.setup import Federation
+from fastdlp.run.train import Callbacks
 
 CLIENTS, ROUNDS = 4, 2
 OPTIONS = f"--clients {CLIENTS} --beta 0.5 --rounds {ROUNDS} --batch-size 64 --xi 1e-3".split()
@@ -299,7 +299,7 @@ def test_two_runs_at_once_get_two_folders(few: Path, tmp_path: Path, monkeypatch
 
             return datetime(2026, 1, 1)
 
-    monkeypatch.setattr("fastdlp.training.datetime", Stopped)
+    monkeypatch.setattr("fastdlp.run.train.datetime", Stopped)
     for lr in (1e-3, 1e-4):
         assert _main("train", "--partition", few, "--rounds", 1, "--lr", lr, "--quiet") == (0, "", "")
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -332,7 +332,7 @@ def test_equal_configs_give_equal_bits(
 
 def test_python_is_the_command_line(run: Path, summary: dict[str, Any], tmp_path: Path) -> None:
     seen: list[Any] = []
-    listener = Listener(
+    callbacks = Callbacks(
         preparing=seen.append,
         started=lambda path, federation, zero_shot, finished: seen.append((path, federation, zero_shot, finished)),
         finished_round=seen.append,
@@ -340,7 +340,7 @@ def test_python_is_the_command_line(run: Path, summary: dict[str, Any], tmp_path
     config = fastdlp.TrainConfig(
         clients=CLIENTS, beta=0.5, rounds=ROUNDS, batch_size=64, xi=1e-3, out=str(tmp_path / "run")
     )
-    told = fastdlp.train(config, listener=listener)
+    told = fastdlp.train(config, callbacks=callbacks)
     assert _settled(told) == _settled(summary)
     assert json.loads((tmp_path / "run/summary.json").read_text()) == told
     path, federation, zero_shot, finished = next(item for item in seen if isinstance(item, tuple))

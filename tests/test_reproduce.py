@@ -17,9 +17,9 @@ from PIL import Image
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
-from fastdlp.reproduce.ledger import Ledger, read_ledger
-from fastdlp.reproduce.plan import Plan, make_plan
-from fastdlp.reproduce.tables import AVERAGE, DATASETS, PARAMETERS, PUBLISHED, TABLES, Cell, paper_mb, published
+from fastdlp.report.paper.ledger import Ledger, read_ledger
+from fastdlp.report.paper.plan import Plan, make_plan
+from fastdlp.report.paper.tables import AVERAGE, DATASETS, PARAMETERS, PUBLISHED, TABLES, Cell, paper_mb, published
 
 CLI = Callable[..., tuple[int, str, str]]
 Accuracies = Callable[[Cell, int], Sequence[float]]
@@ -291,7 +291,7 @@ def test_bars_are_the_rows() -> None:
     from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
-    from fastdlp.reproduce.picture import _bars
+    from fastdlp.report.paper.plot import _bars
 
     axes = Figure().subplots()
     rows = [

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
-from fastdlp.reproduce.plan import make_plan
-from fastdlp.reproduce.run import Interrupted, Watch, _options, complete, missing
-from fastdlp.training import Listener, Stopped, resume, train
+from fastdlp.report.paper.plan import make_plan
+from fastdlp.report.paper.run import Interrupted, Watch, _options, complete, missing
+from fastdlp.run.train import Callbacks, Stopped, resume, train
 
 CLI = Callable[..., tuple[int, str, str]]
 FLAGS = ("--dataset", "digits", "--encoder", "text", "--seed", 0, "--rounds", 2)
@@ -66,7 +66,7 @@ def test_the_rest_is_resumed_to_the_same_bits(
     shutil.copytree(finished / "digits-flora-text-beta0.1-seed0", runs / "digits-flora-text-beta0.1-seed0")
     (config,) = _configs(runs, "local")
     with pytest.raises(Stopped):
-        train(config, listener=Listener(should_stop=lambda: True))
+        train(config, callbacks=Callbacks(should_stop=lambda: True))
     assert len((runs / name / "metrics.jsonl").read_text().splitlines()) == 1
     code, _, err = cli("reproduce", "table1", *FLAGS, *METHODS, "--runs", runs, "--out", tmp_path / "out")
     assert (code, err.splitlines()) == (0, [f"2/2 {name}"])
@@ -77,7 +77,7 @@ def test_jobs_make_the_same_runs(finished: Path, tmp_path: Path) -> None:
     """One is started and one resumed, each in a process of its own, with other threads and so to rounding."""
     configs = _configs(tmp_path / "runs", "local", "flora")
     with pytest.raises(Stopped):
-        train(configs[0], listener=Listener(should_stop=lambda: True))
+        train(configs[0], callbacks=Callbacks(should_stop=lambda: True))
     ended: list[str] = []
     complete(configs, 2, ["cpu"], Watch(ended=ended.append))
     assert sorted(ended) == ["digits-flora-text-beta0.1-seed0", "digits-local-text-beta0.1-seed0"]
@@ -105,7 +105,7 @@ def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
     lines = len((first / "metrics.jsonl").read_text().splitlines())
     assert 1 <= lines < 99
     with pytest.raises(Stopped, match=f"after round {lines + 1} "):
-        resume(first, listener=Listener(should_stop=lambda: True))
+        resume(first, callbacks=Callbacks(should_stop=lambda: True))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -133,7 +133,7 @@ def test_the_options_of_a_process_make_its_config(tmp_path: Path, cli: CLI, monk
         seen.append(config)
         return {}
 
-    monkeypatch.setattr("fastdlp.training.train", note)
+    monkeypatch.setattr("fastdlp.run.train.train", note)
     code, _, err = cli("train", "--quiet", *_options(config))
     assert (code, err, seen) == (0, "", [config])
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
@@ -149,7 +149,7 @@ def test_a_data_set_is_fetched_before_the_processes_begin(tmp_path: Path, monkey
         if name == "dtd":
             raise FastdlpError("no more")
 
-    monkeypatch.setattr("fastdlp.data.sources.load_source", fetch)
+    monkeypatch.setattr("fastdlp.data.registry.load_source", fetch)
     configs = make_plan("table1", tmp_path / "runs", ["pets", "dtd"], methods=["flora"], download=True).configs()
     with pytest.raises(FastdlpError, match="no more"):
         complete(configs, 2, [], Watch())

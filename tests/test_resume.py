@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import fastdlp
-from fastdlp.record import RunFolder
-from fastdlp.training import Listener, Stopped
+from fastdlp.run.folder import RunFolder
+from fastdlp.run.train import Callbacks, Stopped
 
 ROUNDS = 6
 KILLS = int(os.environ.get("FASTDLP_KILLS", "3"))  # 20 for the whole proof
@@ -32,22 +32,22 @@ def _config(few: Path, out: Path, **options: Any) -> fastdlp.TrainConfig:
     return fastdlp.TrainConfig(out=str(out), **settings)
 
 
-def _stop_after(number: int) -> Listener:
+def _stop_after(number: int) -> Callbacks:
     """Asks to stop after the round of this number, as Ctrl-C does."""
-    listener = Listener()
+    callbacks = Callbacks()
     done: list[int] = []
-    listener.should_stop = lambda: (done.append(1) or len(done)) >= number  # asked once a round
-    return listener
+    callbacks.should_stop = lambda: (done.append(1) or len(done)) >= number  # asked once a round
+    return callbacks
 
 
-def _break_after(number: int) -> Listener:
+def _break_after(number: int) -> Callbacks:
     """Dies after the round of this number without any care, as a second Ctrl-C does."""
 
     def finished(line: dict[str, Any]) -> None:
         if line["round"] == number:
             raise KeyboardInterrupt
 
-    return Listener(finished_round=finished)
+    return Callbacks(finished_round=finished)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,10 @@ def test_the_run_has_something_to_lose(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3, ROUNDS - 1])
-def test_stopped_by_the_listener(number: int, few: Path, whole: Path, same_run: Same, tmp_path: Path) -> None:
+def test_stopped_by_a_callback(number: int, few: Path, whole: Path, same_run: Same, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Stopped, match=f"stopped after round {number} of {ROUNDS}.*--resume {run}"):
-        fastdlp.train(_config(few, run), listener=_stop_after(number))
+        fastdlp.train(_config(few, run), callbacks=_stop_after(number))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == number
     assert not (run / "summary.json").exists()
     fastdlp.resume(run)
@@ -85,10 +85,10 @@ def test_stopped_by_the_listener(number: int, few: Path, whole: Path, same_run: 
 def test_stopped_three_times(few: Path, whole: Path, same_run: Same, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, run), listener=_stop_after(1))
+        fastdlp.train(_config(few, run), callbacks=_stop_after(1))
     for _ in range(2):
         with pytest.raises(Stopped):
-            fastdlp.resume(run, listener=_stop_after(2))
+            fastdlp.resume(run, callbacks=_stop_after(2))
     fastdlp.resume(run)
     same_run(run, whole)
 
@@ -101,7 +101,7 @@ def test_the_other_methods_and_the_text_tower(
     options = {"method": method, "encoder": encoder, "rounds": 2, "protocol": "reference"}
     fastdlp.train(_config(few, tmp_path / "whole", **options))
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, tmp_path / "run", **options), listener=_stop_after(1))
+        fastdlp.train(_config(few, tmp_path / "run", **options), callbacks=_stop_after(1))
     fastdlp.resume(tmp_path / "run")
     same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -113,10 +113,10 @@ def test_rounds_behind_the_last_checkpoint_are_done_again(
     fastdlp.train(_config(few, tmp_path / "whole", checkpoint_every=3))
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        fastdlp.train(_config(few, run, checkpoint_every=3), listener=_break_after(number))
+        fastdlp.train(_config(few, run, checkpoint_every=3), callbacks=_break_after(number))
     assert len((run / "metrics.jsonl").read_text().splitlines()) == number
     done: list[int] = []
-    fastdlp.resume(run, listener=Listener(finished_round=lambda line: done.append(line["round"])))
+    fastdlp.resume(run, callbacks=Callbacks(finished_round=lambda line: done.append(line["round"])))
     assert done == list(range(kept + 1, ROUNDS + 1))
     same_run(run, tmp_path / "whole")
 
@@ -125,9 +125,9 @@ def test_a_stop_writes_a_checkpoint_between_two(few: Path, same_run: Same, tmp_p
     fastdlp.train(_config(few, tmp_path / "whole", checkpoint_every=3))
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, run, checkpoint_every=3), listener=_stop_after(2))
+        fastdlp.train(_config(few, run, checkpoint_every=3), callbacks=_stop_after(2))
     done: list[int] = []
-    fastdlp.resume(run, listener=Listener(finished_round=lambda line: done.append(line["round"])))
+    fastdlp.resume(run, callbacks=Callbacks(finished_round=lambda line: done.append(line["round"])))
     assert done[0] == 3
     same_run(run, tmp_path / "whole")
 
@@ -136,7 +136,7 @@ def test_a_torn_last_line_is_done_again(few: Path, whole: Path, same_run: Same, 
     """What a kill in the middle of a write leaves behind the last checkpoint, in both files of lines."""
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, run), listener=_stop_after(2))
+        fastdlp.train(_config(few, run), callbacks=_stop_after(2))
     for file in (run / "metrics.jsonl", run / "trace" / "batches.jsonl"):
         with open(file, "a") as stream:
             stream.write('{"round": 3, "clie')
@@ -158,7 +158,7 @@ def test_longer(few: Path, whole: Path, same_run: Same, tmp_path: Path, cli: Any
     short, stopped = tmp_path / "short", tmp_path / "stopped"
     fastdlp.train(_config(few, short, rounds=2))
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, stopped, rounds=3), listener=_stop_after(2))
+        fastdlp.train(_config(few, stopped, rounds=3), callbacks=_stop_after(2))
     for run in (short, stopped):
         code, _, err = cli("train", "--resume", run, "--rounds", ROUNDS, "--quiet")
         assert (code, err) == (0, "")
@@ -177,7 +177,7 @@ def test_shorter_than_it_is(whole: Path, cli: Any, tmp_path: Path) -> None:
 def test_options_that_decide_no_number_may_change(few: Path, whole: Path, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, run), listener=_stop_after(1))
+        fastdlp.train(_config(few, run), callbacks=_stop_after(1))
     data = tmp_path / "elsewhere"
     assert cli("train", "--resume", run, "--checkpoint-every", 4, "--data-dir", data, "--quiet") == (0, "", "")
     used = json.loads((run / "summary.json").read_text())["config"]
@@ -193,10 +193,10 @@ def test_options_may_be_repeated(
     """Also as a path relative to where one stands, and before another stop."""
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, run), listener=_stop_after(1))
+        fastdlp.train(_config(few, run), callbacks=_stop_after(1))
     monkeypatch.chdir(few.parent)
     with pytest.raises(Stopped):
-        fastdlp.resume(run, given={"partition": few.name, "seed": 0, "xi": 1e-3}, listener=_stop_after(1))
+        fastdlp.resume(run, given={"partition": few.name, "seed": 0, "xi": 1e-3}, callbacks=_stop_after(1))
     monkeypatch.chdir(tmp_path)
     assert cli("train", "--resume", run, "--quiet", "--seed", 0) == (0, "", "")
     same_run(run, whole)
@@ -204,7 +204,7 @@ def test_options_may_be_repeated(
 
 def test_a_moved_run(few: Path, whole: Path, same_run: Same, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        fastdlp.train(_config(few, tmp_path / "run"), listener=_stop_after(2))
+        fastdlp.train(_config(few, tmp_path / "run"), callbacks=_stop_after(2))
     (tmp_path / "run").rename(tmp_path / "moved")
     assert fastdlp.resume(tmp_path / "moved")["config"]["out"] == str(tmp_path / "moved")
     same_run(tmp_path / "moved", whole)

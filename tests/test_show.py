@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdlp.data.partition import Partition, counts, make_partition
-from fastdlp.data.show import _draw_bars, _draw_grid, partition_figure, partition_table
 from fastdlp.errors import FastdlpError
+from fastdlp.report.partition import _draw_bars, _draw_grid, partition_figure, partition_table
 
 LABELS = np.arange(90) % 3
 NAMES = [r"$\frac$", "[bold]c", "long name of a class"]

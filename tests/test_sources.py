@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdlp.data.sources import DATASETS, load_source
+from fastdlp.data.registry import DATASETS, load_source
 from fastdlp.errors import FastdlpError
 from tests.benchmark_files import write_image, write_lines
 
@@ -28,7 +28,7 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 def test_the_names_load_nothing_heavy() -> None:
     code = (
-        "import sys; from fastdlp.data.sources import DATASETS; from fastdlp.data.names import check_name\n"
+        "import sys; from fastdlp.data.registry import DATASETS, check_name\n"
         "print([m for m in ('torch', 'torchvision', 'sklearn', 'scipy') if m in sys.modules], len(DATASETS))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 import fastdlp
-from fastdlp.federation import prepare_together
-from fastdlp.record import RunFolder
-from fastdlp.sweep import FIGURES, Grid, resume_sweep, summarise_sweep, sweep
-from fastdlp.training import Listener, Stopped
+from fastdlp.run.folder import RunFolder
+from fastdlp.run.setup import prepare_together
+from fastdlp.run.sweep import FIGURES, Grid, resume_sweep, summarise_sweep, sweep
+from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
 ROUNDS = 3
@@ -59,11 +59,11 @@ def _without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if not key.startswith("seconds")}
 
 
-def _stop_after(number: int) -> Listener:
-    listener = Listener()
+def _stop_after(number: int) -> Callbacks:
+    callbacks = Callbacks()
     done: list[int] = []
-    listener.should_stop = lambda: (done.append(1) or len(done)) >= number  # asked once a round
-    return listener
+    callbacks.should_stop = lambda: (done.append(1) or len(done)) >= number  # asked once a round
+    return callbacks
 
 
 def _same_sweep(one: Path, other: Path, same_run: Same) -> None:
@@ -257,7 +257,7 @@ def test_one_that_diverges_is_named(diverged: tuple[Path, dict[str, Any]]) -> No
 
 def test_a_setting_with_a_diverged_seed_has_no_mean(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed of a setting diverges: the other's figures are not the setting's."""
-    from fastdlp import recorder
+    from fastdlp.run import recorder
 
     honest = recorder.Recorder.failure
 
@@ -282,7 +282,7 @@ def test_stopped_after_a_member_failed(
         sweep(
             _config(few, tmp_path / "s", val_fraction=0.3, **ONE_BY_ONE),
             Grid((1e30, 1e-3), (0.1,), (0,)),
-            listener=_stop_after(1),
+            callbacks=_stop_after(1),
         )
     resume_sweep(tmp_path / "s")
     _same_sweep(diverged[0], tmp_path / "s", same_run)
@@ -309,10 +309,10 @@ def test_resume_when_every_member_has_diverged(few: Path, tmp_path: Path, cli: C
     assert "every member of the sweep diverged" in err
 
 
-def test_stopped_by_the_listener(few: Path, whole: tuple[Path, dict[str, Any]], same_run: Same, tmp_path: Path) -> None:
+def test_stopped_by_a_callback(few: Path, whole: tuple[Path, dict[str, Any]], same_run: Same, tmp_path: Path) -> None:
     path, number = tmp_path / "sweep", 1
     with pytest.raises(Stopped, match=f"after round {number} of {ROUNDS}.*fastdlp sweep --resume {path}"):
-        sweep(_config(few, path, val_fraction=0.3, **ONE_BY_ONE), GRID, listener=_stop_after(number))
+        sweep(_config(few, path, val_fraction=0.3, **ONE_BY_ONE), GRID, callbacks=_stop_after(number))
     assert (path / "checkpoint.safetensors").exists()
     assert not (path / "summary.json").exists()
     assert all(len(_lines(path / name)) == number for name in NAMES)
@@ -367,7 +367,7 @@ def test_killed_between_rounds(few: Path, same_run: Same, tmp_path: Path) -> Non
 def test_what_a_kill_left_half_written_is_removed(few: Path, tmp_path: Path) -> None:
     path = tmp_path / "sweep"
     with pytest.raises(Stopped):
-        sweep(_config(few, path, method="flora"), Grid((1e-3,), (0.1,), (0,)), listener=_stop_after(1))
+        sweep(_config(few, path, method="flora"), Grid((1e-3,), (0.1,), (0,)), callbacks=_stop_after(1))
     for left in (path / ".checkpoint.0123456789ab.safetensors", path / GOOD / ".summary.0123456789ab.json"):
         left.write_text("half")
     resume_sweep(path)
@@ -421,14 +421,14 @@ def test_what_appears_while_it_prepares_is_not_replaced(few: Path, tmp_path: Pat
             files.update({p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()})
 
     with pytest.raises(fastdlp.FastdlpError, match="holds a sweep"):
-        sweep(config, grid, listener=Listener(preparing=preparing))
+        sweep(config, grid, callbacks=Callbacks(preparing=preparing))
     assert {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()} == files
 
 
 def test_moved_and_resumed(few: Path, tmp_path: Path, same_run: Same) -> None:
     config, grid = _config(few, tmp_path / "s", method="flora", rounds=2), Grid((1e-3,), (0.1,), (0,))
     with pytest.raises(Stopped):
-        sweep(config, grid, listener=_stop_after(1))
+        sweep(config, grid, callbacks=_stop_after(1))
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "s", tmp_path / "elsewhere" / "t")
     resume_sweep(tmp_path / "elsewhere" / "t")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fastdlp
-from fastdlp.sweep import Grid, sweep
-from fastdlp.training import Listener, Stopped
+from fastdlp.run.sweep import Grid, sweep
+from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
 Files = dict[Path, bytes]
@@ -44,7 +44,7 @@ def stopped(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stopped") / "sweep"
     config = fastdlp.TrainConfig(method="flora", partition=str(few), batch_size=4, rounds=2, out=str(path))
     with pytest.raises(Stopped):
-        sweep(config, Grid((1e-3, 2e-3), (0.1,), (0,)), listener=Listener(should_stop=lambda: True))
+        sweep(config, Grid((1e-3, 2e-3), (0.1,), (0,)), callbacks=Callbacks(should_stop=lambda: True))
     return path
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.bank import AdapterBank
-from fastdlp.clip import Clip, describe, load_clip
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import Branch, tower_sites
+from fastdlp.clip.load import Clip, describe, load_clip
+from fastdlp.clip.tower import Tower
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.sites import Branch, tower_sites
-from fastdlp.tower import Tower
 from tests.models import tiny_clip
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 2e-6) -> None:
 
 def bank_of(tower: Tower, slots: int, b_scale: float) -> AdapterBank:
     bank = AdapterBank(tower_sites(tower.shape), BRANCHES, slots)
-    bank.initialise("gaussian", {"local": [[i] for i in range(slots)], "global": [[99]] * slots})
+    bank.initialize("gaussian", {"local": [[i] for i in range(slots)], "global": [[99]] * slots})
     g = torch.Generator().manual_seed(3)
     for state in bank.state.values():
         state.weights += b_scale * torch.randn(state.weights.shape, generator=g)
@@ -82,7 +82,7 @@ def test_frozen_features_equal_open_clip(pair: tuple[Clip, Any]) -> None:
 def test_adapters_at_zero_change_nothing(pair: tuple[Clip, Any]) -> None:
     clip, net = pair
     bank = AdapterBank(tower_sites(clip.image.shape), BRANCHES, 2)
-    bank.initialise("gaussian", {"local": [[0], [1]], "global": [[2], [2]]})
+    bank.initialize("gaussian", {"local": [[0], [1]], "global": [[2], [2]]})
     adapters = bank.adapters(torch.tensor([0, 1]), [("local",), ("global",)], grad=False)
     with torch.no_grad():
         assert_close(image_features(clip, 8, RowGroups((3, 1), views=2), adapters), net.encode_image(images(8, clip)))
@@ -186,7 +186,7 @@ def test_bf16_stays_near_fp32(pair: tuple[Clip, Any]) -> None:
     ("model", "uploaded"), [("ViT-B-32", (334_336, 223_232)), ("ViT-B-32-quickgelu", (334_336, 223_232))]
 )
 def test_parameter_counts_of_the_paper(model: str, uploaded: tuple[int, int]) -> None:
-    from fastdlp.sites import count_parameters
+    from fastdlp.adapters.branches import count_parameters
 
     assert tuple(count_parameters(tower_sites(shape), 2) for shape in describe(model)) == uploaded
 

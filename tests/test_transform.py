@@ -42,17 +42,17 @@ def test_bitwise_equal_to_open_clip(kind: str, resize_mode: str, interpolation: 
     pixels = transform.to_uint8(image)
     assert pixels.dtype == np.uint8
     assert pixels.shape == (3, size, size)
-    batch = transform.normalise(torch.from_numpy(np.stack([pixels, pixels[:, ::-1]])))
+    batch = transform.normalize(torch.from_numpy(np.stack([pixels, pixels[:, ::-1]])))
     assert batch.dtype == torch.float32
     assert torch.equal(batch[0], reference(image))
     assert torch.equal(batch[1], reference(image).flip(1))
 
 
-def test_normalise_leaves_its_input_alone() -> None:
+def test_normalize_leaves_its_input_alone() -> None:
     transform = Transform(4, "squash", "bicubic", MEAN, STD)
     for dtype in (torch.uint8, torch.float32):
         pixels = torch.full((1, 3, 4, 4), 200, dtype=dtype)
-        transform.normalise(pixels)
+        transform.normalize(pixels)
         assert torch.equal(pixels, torch.full_like(pixels, 200))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import fastdlp
-from fastdlp import federation
-from fastdlp.training import Listener, Stopped
+from fastdlp.run import setup as federation
+from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
 ROUNDS = 8
@@ -19,9 +19,9 @@ ROUNDS = 8
 OPTIONS: dict[str, Any] = {"method": "fedclip", "lr": 0.03, "seed": 1, "batch_size": 4, "val_fraction": 0.4}
 
 
-def _run(few: Path, out: Path, listener: Listener | None = None, **options: Any) -> dict[str, Any]:
+def _run(few: Path, out: Path, callbacks: Callbacks | None = None, **options: Any) -> dict[str, Any]:
     settings = {"partition": str(few), "rounds": ROUNDS, "out": str(out)} | OPTIONS | options
-    return fastdlp.train(fastdlp.TrainConfig(**settings), listener=listener)
+    return fastdlp.train(fastdlp.TrainConfig(**settings), callbacks=callbacks)
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def test_continued_and_scored_from_the_record(
     options = {"shots": 1, "rounds": 3}
     whole = _run(few, tmp_path / "whole", **options)
     with pytest.raises(Stopped):
-        _run(few, tmp_path / "run", Listener(should_stop=lambda: True), **options)
+        _run(few, tmp_path / "run", Callbacks(should_stop=lambda: True), **options)
     drawn_no_more()
     resumed = fastdlp.resume(tmp_path / "run")
     same_run(tmp_path / "run", tmp_path / "whole")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from scipy.io.matlab import MatReadError
 
-from fastdlp.data import arrays, listings
-from fastdlp.data.archives import download_folder, fetch_archive, unpack
-from fastdlp.data.arrays import Arrays
-from fastdlp.data.listings import Listing
+from fastdlp.data import array_datasets, image_datasets
+from fastdlp.data.array_datasets import Arrays
+from fastdlp.data.download import download_folder, fetch_archive, unpack
+from fastdlp.data.image_datasets import Listing
 from fastdlp.data.sources import ImageSource
 from fastdlp.errors import FastdlpError
 from fastdlp.files import cache_root
@@ -74,47 +74,52 @@ def _fetch_caltech101(into: Path) -> None:
 # Zips are fetched by our own function, because torchvision's lets zipfile rename what points outside.
 BENCHMARKS = {
     "pets": Benchmark(
-        listings.pets, "oxford-iiit-pet", "a photo of a {}, a type of pet.", _torchvision("OxfordIIITPet")
+        image_datasets.pets, "oxford-iiit-pet", "a photo of a {}, a type of pet.", _torchvision("OxfordIIITPet")
     ),
     "flowers": Benchmark(
-        listings.flowers, "flowers-102", "a photo of a {}, a type of flower.", _torchvision("Flowers102")
+        image_datasets.flowers, "flowers-102", "a photo of a {}, a type of flower.", _torchvision("Flowers102")
     ),
     "aircraft": Benchmark(
-        listings.aircraft, "fgvc-aircraft-2013b", "a photo of a {}, a type of aircraft.", _torchvision("FGVCAircraft")
+        image_datasets.aircraft,
+        "fgvc-aircraft-2013b",
+        "a photo of a {}, a type of aircraft.",
+        _torchvision("FGVCAircraft"),
     ),
-    "dtd": Benchmark(listings.dtd, "dtd", "a photo of a {} texture.", _torchvision("DTD")),
+    "dtd": Benchmark(image_datasets.dtd, "dtd", "a photo of a {} texture.", _torchvision("DTD")),
     "cifar10": Benchmark(
-        arrays.cifar10,
+        array_datasets.cifar10,
         "cifar-10-batches-bin",
         "a photo of a {}.",
         _archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
         pickled="cifar-10-batches-py",
     ),
     "cifar100": Benchmark(
-        arrays.cifar100,
+        array_datasets.cifar100,
         "cifar-100-binary",
         "a photo of a {}.",
         _archive("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
         pickled="cifar-100-python",
     ),
     "tiny-imagenet": Benchmark(
-        listings.tiny_imagenet,
+        image_datasets.tiny_imagenet,
         "tiny-imagenet-200",
         "a photo of a {}.",
         _archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
     ),
-    "caltech101": Benchmark(listings.caltech101, "caltech101", "a photo of a {}.", _fetch_caltech101),
+    "caltech101": Benchmark(image_datasets.caltech101, "caltech101", "a photo of a {}.", _fetch_caltech101),
     "cars": Benchmark(
-        listings.cars,
+        image_datasets.cars,
         "stanford_cars",
         "a photo of a {}.",
         fetch=None,
         by_hand="its host is gone; https://github.com/pytorch/vision/issues/7545 says where to get cars_train, "
         "cars_test, devkit and cars_test_annos_withlabels.mat",
     ),
-    "country211": Benchmark(listings.country211, "country211", "a photo i took in {}.", _torchvision("Country211")),
+    "country211": Benchmark(
+        image_datasets.country211, "country211", "a photo i took in {}.", _torchvision("Country211")
+    ),
     "eurosat": Benchmark(
-        listings.eurosat,
+        image_datasets.eurosat,
         "eurosat",
         "a centered satellite photo of {}.",
         _archive(
@@ -125,7 +130,7 @@ BENCHMARKS = {
         ),
     ),
     "fer2013": Benchmark(
-        arrays.fer2013,
+        array_datasets.fer2013,
         "fer2013",
         "a photo of a {} looking face.",
         fetch=None,
@@ -133,11 +138,14 @@ BENCHMARKS = {
         "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge",
     ),
     "fashionmnist": Benchmark(
-        arrays.fashionmnist, "FashionMNIST", "a photo of a {}, a type of clothing.", _torchvision("FashionMNIST")
+        array_datasets.fashionmnist,
+        "FashionMNIST",
+        "a photo of a {}, a type of clothing.",
+        _torchvision("FashionMNIST"),
     ),
-    "food101": Benchmark(listings.food101, "food-101", "a photo of {}, a type of food.", _torchvision("Food101")),
-    "sst2": Benchmark(listings.sst2, "rendered-sst2", "a {} review of a movie.", _torchvision("RenderedSST2")),
-    "sun397": Benchmark(listings.sun397, "SUN397", "a photo of a {}.", _torchvision("SUN397")),
+    "food101": Benchmark(image_datasets.food101, "food-101", "a photo of {}, a type of food.", _torchvision("Food101")),
+    "sst2": Benchmark(image_datasets.sst2, "rendered-sst2", "a {} review of a movie.", _torchvision("RenderedSST2")),
+    "sun397": Benchmark(image_datasets.sun397, "SUN397", "a photo of a {}.", _torchvision("SUN397")),
 }
 
 # What missing, cut off or altered files make torchvision, numpy, scipy and the archive readers raise. The last

@@ -21,7 +21,7 @@ def deal_dirichlet(rng: np.random.Generator, labels: np.ndarray, clients: int, b
 def dirichlet_shares(rng: np.random.Generator, clients: int, beta: float) -> np.ndarray:
     """One draw of Dirichlet(beta, ..., beta): float64 [clients], sum 1, for every positive beta.
 
-    Normalised gamma variates, as logarithms, because at a small beta the variates themselves all underflow
+    Normalized gamma variates, as logarithms, because at a small beta the variates themselves all underflow
     and zero would be divided by zero. Below 1, Gamma(beta) = Gamma(beta + 1) U^(1/beta); its logarithm is
     compared after multiplication by beta, where it is finite: the limit is one client with everything.
     """

@@ -1,6 +1,6 @@
 """Labelled images of one data set, in one form: names, labels, sample ids, and `open(i)`.
 
-`load_source` is the entry. It reads lists and labels only; images are decoded when they are opened.
+Lists and labels are read at once; images are decoded when they are opened.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastdlp.data.names import DATASETS, FOLDER, check_name
 from fastdlp.errors import FastdlpError
-
-__all__ = ["DATASETS", "ArraySource", "FileSource", "ImageSource", "load_source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,35 +95,13 @@ class FileSource(ImageSource):
             return b"unreadable"  # load_pixels names the file; once readable, the fingerprint changes
 
 
-def load_source(name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> ImageSource:
-    """Open a data set by name.
-
-    Args:
-        name: one of DATASETS, or "folder:PATH" with one folder of images per class in PATH.
-        data_dir: where the data set lies or is downloaded to; `datasets` in the cache folder if None. Not
-            used by digits and folder:PATH.
-        download: fetch the data set if data_dir does not hold it.
-
-    Raises:
-        FastdlpError: unknown name, data set missing or damaged, failed download, unusable folder.
-    """
-    check_name(name)
-    if name.startswith(FOLDER):
-        return _folder(Path(name.removeprefix(FOLDER)).expanduser())
-    if name == "digits":
-        return _digits()
-    from fastdlp.data.benchmarks import load_benchmark
-
-    return load_benchmark(name, Path(data_dir).expanduser() if data_dir is not None else None, download)
-
-
 def thread_count() -> int:
     """Threads worth using for decoding: the processors this process may use, at most 16."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 16)
 
 
-def _digits() -> ImageSource:
+def digits() -> ImageSource:
     """scikit-learn's 1,797 grey 8x8 digits; they come with the library, nothing is downloaded."""
     from sklearn.datasets import load_digits
 
@@ -141,7 +116,7 @@ def _digits() -> ImageSource:
     )
 
 
-def _folder(root: Path) -> ImageSource:
+def image_folder(root: Path) -> ImageSource:
     """One class per folder in `root`. Files that are no images stay in the list: load_pixels reports them."""
     if not root.is_dir():
         raise FastdlpError(f"{root} is not a folder: folder:PATH needs a folder with one folder of images per class")
@@ -171,7 +146,7 @@ def _folder(root: Path) -> ImageSource:
     except OSError as error:
         raise FastdlpError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
     return FileSource(
-        name=f"{FOLDER}{root.resolve().name}",
+        name=f"folder:{root.resolve().name}",
         class_names=class_names,
         template="a photo of a {}.",
         labels=np.array(labels, np.int64),

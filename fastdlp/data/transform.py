@@ -1,6 +1,6 @@
 """From an image to the tensor CLIP sees, cut in two so that the expensive half can be cached as bytes.
 
-`to_uint8` resizes and crops (once per image, on the CPU); `normalise` subtracts the mean and divides by the
+`to_uint8` resizes and crops (once per image, on the CPU); `normalize` subtracts the mean and divides by the
 deviation (every step, on any device). Together they are bitwise what open_clip's evaluation transform gives.
 """
 
@@ -62,7 +62,7 @@ class Transform:
         # Last, as open_clip does it: the order shows in palette and transparent images.
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, H, W] to float32 [n, 3, H, W], on the same device."""
         return F.normalize(pixels.to(torch.float32, copy=True).div_(255), list(self.mean), list(self.std), inplace=True)
 

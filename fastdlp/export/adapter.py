@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastdlp.adapters.branches import Site
 from fastdlp.errors import FastdlpError
-from fastdlp.sites import Site
 
 _NAME = re.compile(r"((\d+)\.(q|k|v|out|fc1|fc2)|proj)/([AB])")
 
@@ -25,8 +25,9 @@ class LoRA:
         encoder: the tower, "image" or "text".
         rank: r of every adapted linear.
         scale: lora_alpha / r.
-        tensors: `{part}/A` [r, K] and `{part}/B` [N, r], fp32 on the CPU. Parts are named as in `fastdlp.sites`:
-            `0.q`, `0.k`, `0.v`, `0.out`, `0.fc1`, `0.fc2` of block 0 and so on, and `proj`, the final projection.
+        tensors: `{part}/A` [r, K] and `{part}/B` [N, r], fp32 on the CPU. Parts are named as in
+            `fastdlp.adapters.branches`: `0.q`, `0.k`, `0.v`, `0.out`, `0.fc1`, `0.fc2` of block 0 and so on, and
+            `proj`, the final projection.
         about: what is known of its origin: `model`, `pretrained`, `weights` (fingerprint of the frozen model's
             weights), `method`, `client` (a number, or `global`). Empty for an adapter from elsewhere.
     """

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdlp.clip import model_config
+from fastdlp.clip.load import model_config
 from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
 from fastdlp.export.file_format import read_adapter, write_adapter, write_weights
-from fastdlp.export.merged import write_merged
+from fastdlp.export.open_clip_format import write_merged
 from fastdlp.export.peft_format import CONFIG, PICKLE, read_peft, twin, write_peft
-from fastdlp.export.run import Trained, read_trained
+from fastdlp.export.trained import Trained, read_trained
 
 FORMATS = ("peft", "open_clip", "safetensors")
 

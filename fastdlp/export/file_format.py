@@ -49,8 +49,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.errors import FastdlpError
-from fastdlp.exchange import load_tensors, save_tensors
 from fastdlp.export.adapter import LoRA
 
 LORA, WEIGHTS, VERSION = "fastdlp-lora", "fastdlp-weights", "1"

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.errors import FastdlpError
-from fastdlp.exchange import load_tensors, save_tensors
 from fastdlp.export.adapter import LoRA
 from fastdlp.export.folder import atomic_folder
 from fastdlp.files import read_json, write_atomic

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastdlp.clip import describe
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.clip.load import describe
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.export.api import load_adapter
-from fastdlp.federation import Federation, prepare
 from fastdlp.methods.flora import FLoRA
-from fastdlp.sites import tower_sites
+from fastdlp.run.setup import Federation, prepare
 
 
 def prepare_with_adapter(
@@ -28,7 +28,7 @@ def prepare_with_adapter(
     Args:
         config: a run's.
         path: as `load_adapter`.
-        tell, partition_file: as `fastdlp.federation.prepare`.
+        tell, partition_file: as `fastdlp.run.setup.prepare`.
 
     Raises:
         FastdlpError: as `load_adapter` and `prepare`; an adapter that does not fit the model, or that was made for

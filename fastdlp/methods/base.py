@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from fastdlp.adapters.branches import AnyBranch, Branch, Tensors
 from fastdlp.errors import FastdlpError
-from fastdlp.sites import AnyBranch, Branch, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastdlp.config import TrainConfig
-    from fastdlp.objective import Outputs
+    from fastdlp.methods.losses import Outputs
 
 
 DISTILLATION = ("kd_direction", "kd_temperature", "kd_logits")
@@ -45,7 +45,7 @@ class Step(Protocol):
         """Distillation loss [n]."""
 
     def update(self, loss: Tensor, *branches: str) -> None:
-        """Differentiate Σ loss and step the optimiser (and threshold the gates) of these branches."""
+        """Differentiate Σ loss and step the optimizer (and threshold the gates) of these branches."""
 
 
 class Method(ABC):
@@ -55,7 +55,7 @@ class Method(ABC):
         shared: the branches that are averaged after each round.
         scored: the view of inference.
         encoders: what `--encoder` may be.
-        streamed: clients take turns on one row that starts from the server's each round, optimiser included; for
+        sequential: clients take turns on one row that starts from the server's each round, optimizer included; for
             what is too large to be held once a client. All branches are shared then.
         own_options: what it reads of METHOD_OPTIONS beside what its branches do.
         defaults, demonstration: options that a run takes from the method unless they are given: always, and with the
@@ -66,7 +66,7 @@ class Method(ABC):
     shared: ClassVar[tuple[str, ...]]
     scored: ClassVar[tuple[str, ...]]
     encoders: ClassVar[tuple[str, ...]] = ("image", "text")
-    streamed: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
     own_options: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     demonstration: ClassVar[Mapping[str, Any]] = {}
@@ -82,7 +82,7 @@ class Method(ABC):
 
     def reads(self) -> set[str]:
         """The METHOD_OPTIONS that decide something here."""
-        found = set(self.own_options) | (set() if self.streamed else {"micro_batch"})
+        found = set(self.own_options) | (set() if self.sequential else {"micro_batch"})
         for branch in self.branches():
             if isinstance(branch, Branch):
                 found |= {"lora_alpha", "init", "rank_local" if branch.name == "local" else "rank_global"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from fastdlp.adapters.branches import Tensors
 from fastdlp.methods.single import SingleBranch
-from fastdlp.sites import Tensors
 
 
 class FedCLIP(SingleBranch):

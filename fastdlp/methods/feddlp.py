@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from fastdlp.adapters.branches import Branch
 from fastdlp.methods.base import DISTILLATION, Method, Step
-from fastdlp.sites import Branch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from fastdlp.adapters.branches import Tensors
 from fastdlp.methods.single import SingleBranch
-from fastdlp.sites import Tensors
 
 
 class FedFFT(SingleBranch):
@@ -16,7 +16,7 @@ class FedFFT(SingleBranch):
     shared = ("global",)
     scored = ("global",)
     encoders = ("image", "text", "both")
-    streamed = True
+    sequential = True
     demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
 
     def branches(self) -> tuple[Tensors, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from fastdlp.adapters.branches import Tensors
 from fastdlp.methods.single import SingleBranch
-from fastdlp.sites import Tensors
 
 
 class FedLC(SingleBranch):
@@ -26,7 +26,7 @@ class FedVMLC(FedLC):
     """The vision model and a linear classifier on its output learn and are averaged."""
 
     name = "fedvmlc"
-    streamed = True
+    sequential = True
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-5, "task_loss": "cross-entropy"}
     demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastdlp.adapters.branches import Branch
 from fastdlp.methods.single import SingleBranch
-from fastdlp.sites import Branch
 
 
 class Local(SingleBranch):

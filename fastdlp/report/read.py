@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.files import read_json
-from fastdlp.record import METRICS, PARTITION, SUMMARY, RunFolder
+from fastdlp.run.folder import METRICS, PARTITION, SUMMARY, RunFolder
 
-CHECKPOINT = "checkpoint.safetensors"  # fastdlp.checkpoint's, which would load torch
+CHECKPOINT = "checkpoint.safetensors"  # fastdlp.run.checkpoint's, which would load torch
 _DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 

@@ -1,0 +1,1 @@
+"""What clients train: branches, the bank that holds them, their optimizer and their files."""

@@ -1,0 +1,306 @@
+"""The adapter bank: every client's adapters and moments, stacked over slots.
+
+A slot is one client of one federation. Per branch there are two flat buffers, `weights` [slots, D] (A and B
+of all sites, or the tensors of a head or an encoder) and `gates` [slots, Q], so that the optimizer, clipping,
+FedAvg and the checkpoint are each a few operations over whole rows, whatever is trained. The forward sees shaped
+copies of the active rows (`Adapters`); their gradients come back as flat rows again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdlp.adapters.branches import AnyBranch, Branch, Site, count_gates
+from fastdlp.adapters.layout import Fold, Layout, Shapes, flat, lora_fold, lora_layout, tensor_layout
+
+if TYPE_CHECKING:
+    from fastdlp.kernels.half_blocks import FoldedRows
+
+View = tuple[str, ...]  # the branches that one row of the batch sees
+
+
+@dataclass
+class BranchState:
+    """One branch of all slots: parameters and Adam's moments, fp32. D = entries of all tensors but gates, Q = gates."""
+
+    weights: Tensor  # [slots, D]
+    gates: Tensor  # [slots, Q]; Q = 0 for a branch without gate
+    weights_m: Tensor
+    weights_v: Tensor
+    gates_m: Tensor
+    gates_v: Tensor
+    steps: Tensor  # [slots] int64, updates done
+
+    FIELDS = ("weights", "gates", "weights_m", "weights_v", "gates_m", "gates_v", "steps")
+
+    @staticmethod
+    def zeros(slots: int, layout: Layout, device: torch.device) -> BranchState:
+        """All zero."""
+
+        def rows(length: int) -> Tensor:
+            return torch.zeros(slots, length, device=device)
+
+        w, g = layout.weights, layout.gates
+        steps = torch.zeros(slots, dtype=torch.int64, device=device)
+        return BranchState(rows(w), rows(g), rows(w), rows(w), rows(g), rows(g), steps)
+
+    def restart(self, weights: Tensor) -> None:
+        """Go on from other weights [slots, D], with an optimizer that has seen nothing."""
+        self.weights.copy_(weights)
+        for moments in (self.weights_m, self.weights_v, self.steps):
+            moments.zero_()
+
+
+class AdapterBank:
+    """What all slots train.
+
+    Args:
+        sites: the adapted linears, in forward order.
+        branches: the branches that every slot holds.
+        slots: how many clients.
+        device: where the buffers live.
+        backend: form of the optimizer's update, "torch" or "triton".
+        shapes: of the named tensors of every branch that is not a LoRA.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        branches: Sequence[AnyBranch],
+        slots: int,
+        device: torch.device | str = "cpu",
+        backend: str = "torch",
+        shapes: Mapping[str, Shapes] | None = None,
+    ) -> None:
+        self.sites = tuple(sites)
+        self.branches = {branch.name: branch for branch in branches}
+        self.lora = {branch.name: branch for branch in branches if isinstance(branch, Branch)}
+        self.slots = slots
+        self.device, self.backend = torch.device(device), backend
+        self.state: dict[str, BranchState] = {}
+        self.layouts: dict[str, Layout] = {}
+        self._seen: dict[tuple[str, tuple[View, ...]], Tensor] = {}
+        self._folds: dict[tuple[str, ...], Fold] = {}
+        for branch in branches:
+            if isinstance(branch, Branch):
+                layout = lora_layout(self.sites, branch)
+            else:
+                layout = tensor_layout((shapes or {})[branch.name])
+            self.layouts[branch.name] = layout
+            self.state[branch.name] = BranchState.zeros(slots, layout, self.device)
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """The frozen copies among the branches, and what they are copies of."""
+        return {name: branch.copy_of for name, branch in self.lora.items() if branch.copy_of}
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The branches that are no copies."""
+        return tuple(name for name in self.branches if name not in self.copies)
+
+    def parameters(self, branch: str) -> int:
+        """Trained entries of one slot's branch, gates included."""
+        return self.layouts[branch].weights + self.layouts[branch].gates
+
+    def tensors(self) -> list[Tensor]:
+        """All that updates write, [slots, …] each."""
+        return [getattr(self.state[branch], name) for branch in self.trained for name in BranchState.FIELDS]
+
+    def refresh_copies(self) -> None:
+        """Take every frozen copy anew."""
+        for name, source in self.copies.items():
+            self.state[name].weights.copy_(self.state[source].weights)
+
+    def initialize(
+        self,
+        init: str,
+        seeds: Mapping[str, Sequence[Sequence[int]]],
+        starts: Mapping[str, Callable[[np.random.Generator], Mapping[str, Tensor]]] | None = None,
+    ) -> None:
+        """Draw A and gate and set B = 0, on the CPU, so that a seed means the same on every device.
+
+        Args:
+            init: "gaussian": A ~ N(0, 1/r), variance 1/r (the paper's notation); "peft-gaussian": standard
+                deviation 1/r; "kaiming": uniform in ±1/sqrt(K), PEFT's default. Gates ~ N(0, 1) always.
+            seeds: per branch and slot, the words that seed its draw; slots with equal words start equal.
+            starts: how the tensors of a branch that is not a LoRA are drawn.
+        """
+        for name, branch in self.branches.items():
+            rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+            for slot, words in enumerate(seeds[name]):
+                key = tuple(words)
+                if key not in rows:
+                    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+                    if isinstance(branch, Branch):
+                        rows[key] = self._draw(branch, init, rng)
+                    else:
+                        rows[key] = flat((starts or {})[name](rng)), torch.zeros(0)
+                weights, gates = rows[key]
+                self.state[name].weights[slot] = weights.to(self.device)
+                self.state[name].gates[slot] = gates.to(self.device)
+        self.refresh_copies()
+
+    def _draw(self, branch: Branch, init: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        pieces: list[np.ndarray] = []
+        for site in self.sites:
+            shape = len(site.parts) * branch.rank * site.in_features
+            if init == "kaiming":
+                bound = 1 / math.sqrt(site.in_features)
+                a = rng.uniform(-bound, bound, shape)
+            else:
+                std = 1 / branch.rank if init == "peft-gaussian" else 1 / math.sqrt(branch.rank)
+                a = rng.normal(0, std, shape)
+            pieces += [a, np.zeros(len(site.parts) * site.out_features * branch.rank)]
+        gates = rng.normal(0, 1, count_gates(self.sites, branch.rank) if branch.gated else 0)
+        return torch.from_numpy(np.concatenate(pieces)).float(), torch.from_numpy(gates).float()
+
+    def adapters(self, slots: Tensor, views: Sequence[View], grad: bool) -> Adapters:
+        """Shaped copies of the rows `slots` [n] for a batch whose rows see `views` (n · len(views) groups)."""
+        return Adapters(self, slots, tuple(views), grad)
+
+    def seen(self, branch: str, views: tuple[View, ...]) -> Tensor:
+        """[views] fp32: the branch's scale for the views that see it, 0 for the others. Made once and kept."""
+        if (branch, views) not in self._seen:
+            scales = [self.lora[branch].scale if branch in view else 0.0 for view in views]
+            self._seen[branch, views] = torch.tensor(scales, device=self.device)
+        return self._seen[branch, views]
+
+    def fold(self, branches: tuple[str, ...]) -> Fold:
+        """How these branches are folded side by side. Made once and kept."""
+        if branches not in self._folds:
+            self._folds[branches] = lora_fold(self.sites, [self.lora[name].rank for name in branches])
+        return self._folds[branches]
+
+    def named(self, branch: str, slot: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """One slot's branch (or a flat row of weights without gates) as fp32 CPU tensors by name; see `Layout`."""
+        state = self.state[branch]
+        row = state.weights[slot] if weights is None else weights
+        gates = state.gates[slot] if weights is None else None
+        return {name: t.float().cpu().clone() for name, t in self.layouts[branch].named(row, gates).items()}
+
+    def load_named(self, branch: str, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `named` for one slot.
+
+        Raises:
+            ValueError: names or shapes that are not this branch's.
+        """
+        self.layouts[branch].load(tensors, self.state[branch].weights[slot], self.state[branch].gates[slot])
+
+    def not_finite(self) -> list[int]:
+        """Slots with a weight or gate that is not finite. A loss tells of it a step later, or never."""
+        fine = [t.isfinite().all(1) for state in self.state.values() for t in (state.weights, state.gates)]
+        return (~torch.stack(fine).all(0)).nonzero().flatten().tolist()
+
+
+@dataclass
+class Adapters:
+    """The active slots' adapters of the branches that `views` name.
+
+    The leaves of the autograd graph are flat rows, weights [n, D] and gates [n, Q] a branch; sites and heads see views
+    of them, so one backward of one split gathers all gradients. The Triton form reads them folded in their place.
+    """
+
+    bank: AdapterBank
+    slots: Tensor
+    views: tuple[View, ...]
+    grad: bool
+    leaves: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    _folded: FoldedRows | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.leaves = {name: self._rows(name) for name in dict.fromkeys(b for view in self.views for b in view)}
+
+    def _rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """The active rows as leaves of the graph: copies, since an update writes to the bank while graphs live.
+
+        A whole encoder's only row is not copied: it is large, and nothing is read again behind its update.
+        """
+        state = self.bank.state[name]
+        if name not in self.bank.lora and self.bank.slots == 1:
+            rows = (state.weights.detach(), state.gates.detach())
+        else:
+            gates = state.gates
+            none = gates.new_empty(len(self.slots), 0)
+            rows = (
+                state.weights.index_select(0, self.slots),
+                gates.index_select(0, self.slots) if gates.shape[1] else none,
+            )
+        return rows[0].requires_grad_(self.grad), rows[1].requires_grad_(self.grad)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The named tensors [n, *shape] of a branch that is not a LoRA."""
+        weights, _ = self.leaves[name]
+        entries = self.bank.layouts[name].entries
+        pieces = weights.split([entry.where.stop - entry.where.start for entry in entries.values()], dim=1)
+        return {part: piece.unflatten(1, entry.shape) for (part, entry), piece in zip(entries.items(), pieces)}
+
+    def site(self, index: int, parts: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """A [n, parts, R, K], B [n, parts, N, R] and c [n, views, parts, R] of a site, branches stacked along R."""
+        A, B, c = self._stacked[index]
+        return A[:, parts], B[:, parts], c[:, :, parts]
+
+    @cached_property
+    def _stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        shaped = [self._shaped(name) for name in self.leaves if name in self.bank.lora]
+        return [_stack(site) for site in zip(*shaped)]
+
+    def folded(self, dtype: torch.dtype) -> FoldedRows:
+        """All sites' adapters as the Triton form reads them, in the compute dtype."""
+        from fastdlp.kernels.half_blocks import BranchRows, fold_rows
+
+        if self._folded is None:
+            names = tuple(name for name in self.leaves if name in self.bank.lora)
+            fold = self.bank.fold(names)
+            rows = [
+                BranchRows(*self.leaves[name], self.bank.seen(name, self.views), branch)
+                for name, branch in zip(names, fold.branches)
+            ]
+            self._folded = fold_rows(rows, len(self.views), fold.down, fold.up, dtype)
+        return self._folded
+
+    def span(self, index: int, parts: slice = slice(None)) -> tuple[int, int]:
+        """A site's parts first..end among the folded ones."""
+        before = sum(len(site.parts) for site in self.bank.sites[:index])
+        chosen = range(before, before + len(self.bank.sites[index].parts))[parts]
+        return chosen.start, chosen.stop
+
+    def gradients(self, loss: Tensor, branches: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """d Σ loss / d (weights [n, D], gates [n, Q]) of each branch, as flat fp32 rows."""
+        chosen = {name: self.leaves[name] for name in branches}
+        wanted = [leaf for leaves in chosen.values() for leaf in leaves if leaf.numel()]
+        grads = iter(torch.autograd.grad(loss, wanted, torch.ones_like(loss)))
+        return {name: (next(grads), next(grads) if gates.numel() else gates) for name, (_, gates) in chosen.items()}
+
+    def _shaped(self, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """A, B and c of one branch, site by site."""
+        sites, rank = self.bank.sites, self.bank.lora[name].rank
+        weights, gates = self.leaves[name]
+        n, counts = len(self.slots), [len(site.parts) * rank for site in sites]
+        lengths = [(count * site.in_features, count * site.out_features) for site, count in zip(sites, counts)]
+        pieces = iter(weights.split([length for pair in lengths for length in pair], dim=1))
+        seen = self.bank.seen(name, self.views)[None, :, None]
+        scales = gates[:, None] * seen if gates.shape[1] else seen.repeat(n, 1, sum(counts))
+        shaped = []
+        for site, c in zip(sites, scales.split(counts, dim=2)):
+            parts = len(site.parts)
+            a = next(pieces).view(n, parts, rank, site.in_features)
+            b = next(pieces).view(n, parts, site.out_features, rank)
+            shaped.append((a, b, c.view(n, len(self.views), parts, rank)))
+        return shaped
+
+
+def _stack(branches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and c of a site with the branches side by side along the rank."""
+    if len(branches) == 1:
+        return branches[0]
+    A, B, c = zip(*branches)
+    return torch.cat(A, dim=2), torch.cat(B, dim=3), torch.cat(c, dim=3)

@@ -1,0 +1,99 @@
+"""Adapters as safetensors: the message between client and server, and the files of a run. fp32, nothing executable.
+
+Names are `{branch}/{site part}/{A|B|gate}`, for example `global/0.q/A` [r, K], `global/0.q/B` [N, r] and
+`local/proj/gate` [r]. The bytes that a run's ledger counts are the length of `pack`'s result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.errors import FastdlpError
+from fastdlp.files import write_atomic
+
+
+def client_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
+    """Everything that one client trains, by name."""
+    return {f"{branch}/{name}": t for branch in bank.trained for name, t in bank.named(branch, slot).items()}
+
+
+def shared_tensors(bank: AdapterBank, server: Mapping[str, Tensor], federation: int = 0) -> dict[str, Tensor]:
+    """The server's adapters of one federation, by name; empty where a method exchanges nothing."""
+    return {
+        f"{branch}/{name}": t
+        for branch, rows in server.items()
+        for name, t in bank.named(branch, weights=rows[federation]).items()
+    }
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Serialise named tensors as one safetensors message; b"" for none."""
+    return safetensors.torch.save(dict(tensors), metadata) if tensors else b""
+
+
+def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
+    """The length of `pack`'s result for one copy of these branches, without making it; 0 for none."""
+    shapes = {
+        f"{branch}/{name}": entry.shape
+        for branch in shared
+        for name, entry in bank.layouts[branch].entries.items()
+        if not entry.gate
+    }
+    if not shapes:
+        return 0
+    header: dict[str, Any] = {}
+    at = 0
+    for name, shape in sorted(shapes.items()):
+        end = at + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + at  # the header's length, the header filled up to whole words, the data
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all. Raises FastdlpError where the disk refuses."""
+    # One key: safetensors writes several in any order, and equal runs shall leave equal files.
+    write_atomic(path, safetensors.torch.save(dict(tensors), {"fastdlp": json.dumps(metadata, sort_keys=True)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FastdlpError: missing, damaged or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("fastdlp", "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata are no object")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError:
+        raise FastdlpError(f"{path} is missing") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FastdlpError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def load_client(bank: AdapterBank, slot: int, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put what `client_tensors` gave back into a slot. Raises FastdlpError for adapters of another shape."""
+    by_branch: dict[str, dict[str, Tensor]] = {branch: {} for branch in bank.trained}
+    for name, tensor in tensors.items():
+        branch, _, rest = name.partition("/")
+        by_branch.setdefault(branch, {})[rest] = tensor
+    if set(by_branch) != set(bank.trained):
+        raise FastdlpError(f"{path} holds the adapters {sorted(by_branch)}, this run has {sorted(bank.trained)}")
+    for branch, named in by_branch.items():
+        try:
+            bank.load_named(branch, slot, named)
+        except ValueError as error:
+            raise FastdlpError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""CLIP, from open_clip to frozen towers that take adapters."""

@@ -1,0 +1,399 @@
+"""CLIP models by open_clip's names, as frozen towers and stems.
+
+Only this module and `pretrain`, which makes such a model, import open_clip.
+
+Supported: open_clip's own ViT image towers with its own text transformer (OpenAI, LAION, DataComp, MetaCLIP,
+CLIPA weights; QuickGELU or GELU), by name and tag, by `local-dir:` folder or by a checkpoint file; and the
+embedded `glyph-clip`. Weights are read as safetensors or with torch's weights-only loader, never unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastdlp.adapters.branches import TowerShape
+from fastdlp.clip.convert import SUPPORTED, image_stem, image_tower, text_stem, text_tower
+from fastdlp.clip.stem import ImageStem, TextStem
+from fastdlp.clip.tower import Tower
+from fastdlp.config import EMBEDDED_MODEL
+from fastdlp.data.transform import Transform
+from fastdlp.errors import FastdlpError
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP in fp32 on the CPU, ready to be moved tower by tower."""
+
+    name: str
+    image: Tower
+    text: Tower
+    image_stem: ImageStem
+    text_stem: TextStem
+    tokenize: Callable[[list[str]], Tensor]
+    transform: Transform
+    logit_scale: float  # exp(logit_scale), frozen
+    net: nn.Module  # open_clip's own module, whose weights the towers share; for who trains or exports all of it
+
+    def tower(self, encoder: str) -> Tower:
+        return self.image if encoder == "image" else self.text
+
+    def fingerprint(self) -> str:
+        """sha256 over all frozen weights: adapters belong to exactly these."""
+        digest = hashlib.sha256(repr(self.logit_scale).encode())
+        for part in (self.image, self.text, self.image_stem, self.text_stem):
+            _hash(part, digest)
+        return digest.hexdigest()
+
+
+def known_models() -> list[str]:
+    """The names that `--model` takes, without local-dir: and hf-hub:."""
+    import open_clip
+
+    return [EMBEDDED_MODEL] + [
+        name for name in open_clip.list_models() if not _why_not(open_clip.get_model_config(name))
+    ]
+
+
+def describe(model: str) -> tuple[TowerShape, TowerShape]:
+    """Image and text tower sizes from the model's configuration alone; loads no weights.
+
+    Raises:
+        FastdlpError: unknown or unsupported model.
+    """
+    config = model_config(model)
+    vision, text, embed = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+
+    def shape(tower: dict[str, Any], width: int) -> TowerShape:
+        w = tower.get("width", width)
+        return TowerShape(tower.get("layers", 12), w, int(w * tower.get("mlp_ratio", 4.0)), embed)
+
+    return shape(vision, 768), shape(text, 512)
+
+
+def parameter_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a model by open_clip's name, from the model's configuration alone.
+
+    Raises:
+        FastdlpError: unknown or unsupported model.
+    """
+    import open_clip
+
+    config = model_config(model)
+    with torch.device("meta"), _quiet():
+        net = open_clip.CLIP(**config)
+    return {name: tuple(p.shape) for name, p in net.named_parameters()}
+
+
+def load_clip(model: str, pretrained: str | None = None, seed: int = 0) -> Clip:
+    """Load a frozen CLIP.
+
+    Args:
+        model: an open_clip name, `local-dir:PATH`, `hf-hub:ORG/REPO` or `glyph-clip`.
+        pretrained: a tag of open_clip, a checkpoint file, or the word `none` for random weights. None takes
+            the embedded weights (glyph-clip) or OpenAI's.
+        seed: of the random weights.
+
+    Raises:
+        FastdlpError: unknown or unsupported model, unknown tag, missing, foreign or damaged checkpoint,
+            weights that cannot be downloaded.
+    """
+    return as_clip(model, *load_net(model, pretrained, seed))
+
+
+def load_net(model: str, pretrained: str | None = None, seed: int = 0) -> tuple[Any, dict[str, Any], Any]:
+    """open_clip's own module in fp32 on the CPU, its preprocess_cfg and its tokenizer; arguments as `load_clip`."""
+    if model == EMBEDDED_MODEL:
+        return _load_embedded(pretrained, seed)
+    return _load_open_clip(model, pretrained, seed)
+
+
+def as_clip(name: str, net: Any, preprocess: dict[str, Any], tokenize: Any) -> Clip:
+    """What `load_net` gave as frozen towers and stems, which share its weights."""
+    return Clip(
+        name=name,
+        image=image_tower(net.visual),
+        text=text_tower(net),
+        image_stem=image_stem(net.visual),
+        text_stem=text_stem(net),
+        tokenize=tokenize,
+        transform=_transform(preprocess),
+        logit_scale=float(net.logit_scale.detach().exp()),
+        net=net,
+    )
+
+
+def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
+    """The captions of the classes: "a photo of a {}." with each name put in."""
+    return [template.replace("{}", name) for name in class_names]
+
+
+# -- loading ------------------------------------------------------------------------------------------------
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """open_clip's configuration of a model: embed_dim, vision_cfg, text_cfg, quick_gelu.
+
+    Raises:
+        FastdlpError: unknown or unsupported model.
+    """
+    import open_clip
+
+    if model == EMBEDDED_MODEL:
+        return _embedded_description()["model_cfg"]
+    if model.startswith("local-dir:"):
+        path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
+        try:
+            config = json.loads(path.read_text())["model_cfg"]
+            if not all(isinstance(config[name], dict) for name in ("vision_cfg", "text_cfg")):
+                raise TypeError("vision_cfg and text_cfg must be objects")
+            config["embed_dim"]  # describe needs it
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FastdlpError(f"--model {model}: {path} is not an open_clip configuration ({error!r})") from None
+    elif model.startswith("hf-hub:"):
+        from open_clip.factory import _get_hf_config
+
+        try:
+            with _hub():
+                config = _get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"]
+        except Exception as error:  # the hub client raises a zoo of types; each means "not to be had"
+            raise FastdlpError(f"--model {model} cannot be fetched (offline?): {_first_line(error)}") from None
+    else:
+        config = open_clip.get_model_config(model)
+    if config is None:
+        raise FastdlpError(
+            f"unknown model {model!r}: try {EMBEDDED_MODEL}, ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14 "
+            "(fastdlp info --models lists all)"
+        )
+    if why := _why_not(config):
+        raise FastdlpError(f"model {model!r} has {why}: {SUPPORTED}")
+    return config
+
+
+def _why_not(config: dict[str, Any]) -> str | None:
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    if vision.get("timm_model_name"):
+        return "a timm image tower"
+    if isinstance(vision.get("layers"), list):
+        return "a ResNet image tower"
+    if text.get("hf_model_name"):
+        return "a Hugging Face text tower"
+    if "multimodal_cfg" in config or vision.get("attentional_pool"):
+        return "an attentional pooler (CoCa)"
+    if config.get("custom_text") or text.get("embed_cls") or config.get("init_logit_bias") is not None:
+        return "a text tower or loss of another kind"
+    special = (
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+        "block_type",
+    )
+    if any(tower.get(name) for tower in (vision, text) for name in special):
+        return "attention blocks of another kind"
+    return None
+
+
+def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    config = model_config(model)
+    options: dict[str, Any] = {}
+    if ":" in model:  # local-dir: and hf-hub: bring their own weights
+        weights = None
+        if pretrained not in (None, "none"):
+            raise FastdlpError(f"--pretrained {pretrained} does not go with --model {model}, which has its own weights")
+        options = {"load_weights": pretrained is None, "require_pretrained": pretrained is None}
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        weights = pretrained or ("openai" if "openai" in tags else None)
+        if weights is None:
+            raise FastdlpError(
+                f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
+                "a checkpoint file, or none for random weights"
+            )
+        if weights in tags:
+            options["force_quick_gelu"] = _activation_of_tag(model, weights, config, get_pretrained_cfg(model, weights))
+        elif weights != "none":
+            _check_file(model, weights, tags)
+    if weights == "none":
+        weights = None
+        options |= {"load_weights": False}
+    remote = model.startswith("hf-hub:") or bool(weights and not Path(weights).is_file())
+    with torch.random.fork_rng(devices=[]), _quiet(), _hub() if remote else nullcontext():
+        torch.manual_seed(seed)
+        try:
+            net = open_clip.create_model(
+                model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options
+            )
+            tokenize = _tokenizer(model, config)
+        except Exception as error:  # open_clip, the hub client and torch raise a zoo of types
+            raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
+    return net.eval(), net.visual.preprocess_cfg, tokenize
+
+
+def _tokenizer(model: str, config: dict[str, Any]) -> Any:
+    """open_clip's, or the embedded model's where its exported folder says so."""
+    import open_clip
+
+    if model.startswith("local-dir:"):
+        from fastdlp.clip.tokenizer import ByteTokenizer
+
+        description = json.loads((Path(model.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
+        if description.get("tokenizer") == "bytes":
+            return ByteTokenizer(config["text_cfg"]["context_length"])
+    return open_clip.get_tokenizer(model)
+
+
+def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config: dict[str, Any]) -> bool:
+    """Whether to force QuickGELU. open_clip only warns when a tag's activation is not the model's."""
+    trained, built = bool(tag_config.get("quick_gelu")), bool(config.get("quick_gelu"))
+    if built and not trained:
+        raise FastdlpError(
+            f"weights {tag!r} were trained with GELU, {model} has QuickGELU: use --model "
+            f"{model.removesuffix('-quickgelu')}"
+        )
+    return trained
+
+
+def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
+    if not Path(path).is_file():
+        names = ", ".join(tags) or "it has none"
+        raise FastdlpError(
+            f"--pretrained {path!r} is neither a file nor a tag of {model} ({names}) or none for random weights"
+        )
+    if Path(path).suffix not in CHECKPOINT_SUFFIXES:
+        raise FastdlpError(f"--pretrained {path}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
+
+
+def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
+    import open_clip
+    from safetensors.torch import load_file
+
+    from fastdlp.clip.tokenizer import ByteTokenizer
+
+    description = _embedded_description()
+    config = description["model_cfg"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = open_clip.CLIP(**config)
+    if pretrained != "none":
+        if pretrained is not None:
+            _check_file(EMBEDDED_MODEL, pretrained, [])
+        path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
+        try:
+            with _quiet():
+                state = (
+                    load_file(path)
+                    if path.suffix == ".safetensors"
+                    else torch.load(path, map_location="cpu", weights_only=True)
+                )
+            net.load_state_dict(state)
+        except Exception as error:  # safetensors and torch have no common base for "not a checkpoint of this model"
+            raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
+    return net.eval(), description["preprocess_cfg"], ByteTokenizer(config["text_cfg"]["context_length"])
+
+
+def _embedded_description() -> dict[str, Any]:
+    return json.loads(_asset("glyph-clip.json").read_text())
+
+
+def _asset(name: str) -> Path:
+    return Path(str(resources.files("fastdlp") / "assets" / name))
+
+
+def _load_failure(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return f"the file is damaged or not a safetensors file ({_first_line(error)})"
+    if isinstance(error, RuntimeError) and (
+        "size mismatch" in text or "Missing key" in text or "Unexpected key" in text
+    ):
+        return "the checkpoint is of another model"
+    if "weights_only" in text or "UnpicklingError" in type(error).__name__ or "TorchScript" in text:
+        return "the file holds more than tensors and will not be unpickled; convert it to safetensors"
+    if "download" in text.lower() or "connect" in text.lower() or "resolve" in text.lower():
+        return f"the weights cannot be downloaded (offline?); pass --pretrained FILE ({_first_line(error)})"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip tells of random weights and the like in warnings and log lines; its errors stay errors."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the hub cannot be reached, its client tries for a minute; told so, it looks into its cache at once."""
+    from huggingface_hub import constants
+
+    before, url = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT)
+    if not getproxies():  # a proxy may reach what we cannot
+        try:
+            socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), 5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _transform(preprocess: dict[str, Any]) -> Transform:
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise FastdlpError(f"the model takes {height}×{width} images; only square ones are supported")
+    return Transform(
+        size=height,
+        resize_mode=preprocess.get("resize_mode", "shortest"),
+        interpolation=preprocess.get("interpolation", "bicubic"),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )
+
+
+def _hash(value: Any, digest: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(value.contiguous().numpy().tobytes())
+    elif isinstance(value, tuple):
+        for item in value:
+            _hash(item, digest)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            _hash(getattr(value, name), digest)
+    else:
+        digest.update(repr(value).encode())

@@ -1,0 +1,1 @@
+"""The federated engine: steps, batches, aggregation, devices."""

@@ -1,0 +1,91 @@
+"""Which device, dtype and form of the kernels a run uses, and how much memory the device has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdlp.engine.distributed import ALONE, Shards
+from fastdlp.errors import FastdlpError
+from fastdlp.kernels.backend import choose_backend
+from fastdlp.selection import read_backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str, shards: Shards = ALONE) -> torch.device:
+    """The device that `--device` names; auto takes CUDA where there is one, each of several processes its own GPU.
+
+    Raises:
+        FastdlpError: CUDA asked for where none is, or by more processes than there are GPUs.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if shards.count > 1 and name.startswith("cuda") and torch.cuda.is_available():
+        return _own_gpu(name, shards.local_rank)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FastdlpError(f"unknown --device {name!r}: choose from auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FastdlpError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu"
+        )
+    return device
+
+
+def _own_gpu(name: str, local_rank: int) -> torch.device:
+    """The GPU of one of several processes; it becomes torch's current one, on which Triton and NCCL work."""
+    if name != "cuda":
+        raise FastdlpError(f"--device {name} names one GPU for several processes: use --device cuda, one GPU for each")
+    if local_rank >= torch.cuda.device_count():
+        raise FastdlpError(
+            f"more processes than GPUs: torch sees {torch.cuda.device_count()} CUDA devices here; start as many with "
+            "--nproc-per-node, or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int = 0) -> Any:
+    """The form of the kernels that `--backend` names, "triton" or "torch", or a selection that a run has recorded;
+    `ranks` of the widest linear.
+
+    Raises:
+        FastdlpError: Triton asked for where it cannot run.
+    """
+    asked = read_backend(name)
+    try:
+        form = choose_backend(asked if isinstance(asked, str) else "triton", device, dtype, ranks)
+    except ValueError as error:
+        raise FastdlpError(f"--backend {name}: {error}") from None
+    return form if isinstance(asked, str) else asked
+
+
+def must_measure(name: str, device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
+    """Whether `--backend auto` has both forms to choose from, and no measured table that has chosen for it."""
+    if name != "auto" or device.type != "cuda" or choose_backend(name, device, dtype, ranks) == "triton":
+        return False
+    try:
+        return choose_backend("triton", device, dtype, ranks) == "triton"
+    except ValueError:
+        return False
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device's memory, whole."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the device's memory that this process can still have; all of it where the system does not say."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), memory_of(device))

@@ -1,0 +1,246 @@
+"""What a method's branches call for: the task that runs them, their shapes and starts, and how a step is cut.
+
+LoRA in a tower: `ImageTask` or `TextTask`. Heads on frozen features: `FrozenTask`. A whole encoder: `FullTask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdlp.adapters.branches import AnyBranch, Site, Tensors, tower_sites
+from fastdlp.adapters.heads import HEADS, head_shapes, head_start
+from fastdlp.adapters.layout import Shapes
+from fastdlp.clip.load import Clip, class_prompts
+from fastdlp.clip.stem import ImageStem, TextStem
+from fastdlp.clip.tower import Tower
+from fastdlp.config import TrainConfig
+from fastdlp.data.cache import Pixels
+from fastdlp.data.transform import Transform
+from fastdlp.engine.device import DTYPES, memory_of
+from fastdlp.engine.frozen_task import FrozenTask
+from fastdlp.engine.full_task import FullTask, trains
+from fastdlp.engine.images import TokenSource
+from fastdlp.engine.memory import rows_at_once
+from fastdlp.engine.tasks import (
+    ClassificationTask,
+    ImageTask,
+    Prompts,
+    TextTask,
+    frozen_image_features,
+    frozen_text_features,
+)
+from fastdlp.errors import FastdlpError
+from fastdlp.kernels.frozen import Norm
+from fastdlp.methods.base import Method
+from fastdlp.selection import read_backend
+
+PLAIN_TEMPLATE = "a photo of a {}."
+# Share of the device's memory that stem tokens or pixels may take, so that no step waits for them.
+RESIDENT_SHARE = 0.15
+# fp32 copies of all trained weights in full fine-tuning: the server's, the client's, its two moments, the sum for the
+# average, the model's own; then the gradient by tensor and as a row, or a clone and its bytes while a file is written.
+# Measured with ViT-B/32: 9.1 to 9.6 in fp32 and bf16.
+FULL_COPIES = 10
+
+Stem = TypeVar("Stem", ImageStem, TextStem)
+Start = Callable[[np.random.Generator], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A task and what the bank and the schedule need to know of it.
+
+    sites: for LoRA. shapes, starts: of the branches that are no LoRA. micro_batch: rows a view that fit the memory.
+    weight_bytes: what full fine-tuning holds of weights, moments and gradients; 0 for all else. tokens: of a row that
+    goes through a tower with LoRA.
+    """
+
+    task: ClassificationTask
+    sites: tuple[Site, ...]
+    shapes: dict[str, Shapes]
+    starts: dict[str, Start]
+    micro_batch: int
+    weight_bytes: int = 0
+    tokens: int = 0
+
+
+class _PixelBatches:
+    """Pixels by sample number, off the memory map."""
+
+    def __init__(self, pixels: Pixels, transform: Transform) -> None:
+        self.pixels, self.transform = pixels, transform
+
+    def __len__(self) -> int:
+        return len(self.pixels.labels)
+
+    def __call__(self, samples: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.pixels.data[samples]))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return self.transform.normalize(pixels)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The frozen CLIP on its device, the data and the prompts for training and scoring."""
+
+    clip: Clip
+    image: Tower
+    text: Tower
+    image_stem: ImageStem
+    captions: tuple[list[str], list[str]]
+    prompts: tuple[Prompts, Prompts]
+    pixels: _PixelBatches
+    device: torch.device
+
+    def images(self) -> Tensor:
+        """Features [samples, d] of the frozen encoder, not normalized."""
+        return frozen_image_features(self.image, self.image_stem, self.pixels)
+
+    def classes(self) -> tuple[Tensor, Tensor]:
+        """Features [K, d] of the training and of the scoring prompts, not normalized."""
+        return frozen_text_features(self.text, self.prompts[0]), frozen_text_features(self.text, self.prompts[1])
+
+
+def build_task(
+    config: TrainConfig, method: Method, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device
+) -> Built:
+    """The task of a resolved config.
+
+    Raises:
+        FastdlpError: full fine-tuning that the device's memory cannot hold.
+    """
+    dtype = DTYPES[config.precision]
+    parts = _parts(config, clip, pixels, transform, device, dtype)
+    branches = method.branches()
+    modules = {module for branch in branches if isinstance(branch, Tensors) for module in branch.modules}
+    classes, embed = len(pixels.class_names), clip.image.shape.embed
+    parameters = {name: tuple(p.shape) for name, p in clip.net.named_parameters()}
+    shapes = branch_shapes(branches, config.encoder, parameters, embed, classes)
+    starts = {b.name: _start(b.modules, shapes[b.name], clip, classes) for b in branches if isinstance(b, Tensors)}
+    if "encoder" in modules:
+        weight_bytes = _check_memory(shapes, device)
+        task: ClassificationTask = _full_task(config, parts, dtype)
+        return Built(task, (), shapes, starts, config.batch_size, weight_bytes)
+    if modules:
+        frozen = FrozenTask(config.encoder, parts.images(), parts.classes(), clip.logit_scale)
+        return Built(frozen, (), shapes, starts, len(pixels.labels))
+    tower = clip.tower(config.encoder)
+    sites = tower_sites(tower.shape)
+    if config.encoder == "text":
+        task = TextTask(parts.text, parts.prompts, F.normalize(parts.images(), dim=-1), clip.logit_scale)
+        rows, tokens = len(pixels.class_names), parts.prompts[0].tokens.shape[1]
+    else:
+        text = (F.normalize(f, dim=-1) for f in parts.classes())
+        resident = int(memory_of(device) * RESIDENT_SHARE)
+        source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
+        task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
+        rows, tokens = config.batch_size, len(clip.image_stem.positions)
+    backend = "torch" if config.backend == "torch" else "triton"  # a selection may be of both: the larger one
+    pools = 2 if config.cuda_graph else 1
+    at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, backend, device, rows, pools)
+    return Built(task, sites, shapes, starts, at_once, tokens=tokens)
+
+
+def _parts(
+    config: TrainConfig, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device, dtype: torch.dtype
+) -> _Parts:
+    template = config.template or pixels.template
+    training = template if config.caption == "dataset" else PLAIN_TEMPLATE
+    captions = class_prompts(pixels.class_names, training), class_prompts(pixels.class_names, template)
+    stem = moved_stem(clip.text_stem, device)
+    prompts = _prompts(clip, stem, captions[0], device, dtype), _prompts(clip, stem, captions[1], device, dtype)
+    backend = read_backend(config.backend)
+    image, text = (replace(tower.to(device, dtype), backend=backend) for tower in (clip.image, clip.text))
+    batches = _PixelBatches(pixels, transform)
+    return _Parts(clip, image, text, moved_stem(clip.image_stem, device), captions, prompts, batches, device)
+
+
+def _full_task(config: TrainConfig, parts: _Parts, dtype: torch.dtype) -> FullTask:
+    net = parts.clip.net.to(parts.device)
+    ids = tuple(parts.clip.tokenize(captions).to(parts.device) for captions in parts.captions)
+    images, classes = F.normalize(parts.images(), dim=-1), [F.normalize(f, dim=-1) for f in parts.classes()]
+    names = frozenset(name for name, _ in net.named_parameters() if trains(name, config.encoder))
+    return FullTask(
+        net,
+        names,
+        config.encoder,
+        parts.pixels,
+        (ids[0], ids[1]),
+        images,
+        (classes[0], classes[1]),
+        parts.clip.logit_scale,
+        dtype,
+    )
+
+
+def branch_shapes(
+    branches: Sequence[AnyBranch], encoder: str, parameters: Shapes, embed: int, classes: int
+) -> dict[str, Shapes]:
+    """Shapes of the tensors of every branch that is no LoRA.
+
+    Args:
+        branches: of a method.
+        encoder: "image", "text" or "both".
+        parameters: all of the model's, by name.
+        embed: d of the joint space.
+        classes: K of the data.
+    """
+    found: dict[str, Shapes] = {}
+    for branch in branches:
+        if isinstance(branch, Tensors):
+            own = {n: s for n, s in parameters.items() if trains(n, encoder)} if "encoder" in branch.modules else {}
+            for module in branch.modules:
+                if module in HEADS:
+                    own |= head_shapes(module, embed, classes)
+            found[branch.name] = own
+    return found
+
+
+def _start(modules: Sequence[str], shapes: Shapes, clip: Clip, classes: int) -> Start:
+    """How the tensors of a branch begin: the encoder's as they are, those of heads drawn."""
+
+    def draw(rng: np.random.Generator) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {n: p for n, p in clip.net.named_parameters() if n in shapes}
+        for module in modules:
+            if module in HEADS:
+                found |= head_start(module, clip.image.shape.embed, classes, rng)
+        return found
+
+    return draw
+
+
+def _check_memory(shapes: Mapping[str, Shapes], device: torch.device) -> int:
+    """The bytes that full fine-tuning holds beside activations. Raises FastdlpError where the device has less."""
+    entries = sum(int(np.prod(shape)) for tensors in shapes.values() for shape in tensors.values())
+    need, have = FULL_COPIES * 4 * entries, memory_of(device)
+    if need > have:
+        raise FastdlpError(
+            f"full fine-tuning of {entries:,} parameters needs about {need / 1e9:.1f} GB beside the activations and "
+            f"{device} has {have / 1e9:.1f} GB: use a smaller --model, or an adapter (--method flora)"
+        )
+    return need
+
+
+def _prompts(clip: Clip, stem: TextStem, captions: list[str], device: torch.device, dtype: torch.dtype) -> Prompts:
+    with torch.no_grad():
+        tokens, index = stem(clip.tokenize(captions).to(device))
+    return Prompts(tokens.to(dtype), index)
+
+
+def moved_stem(stem: Stem, device: torch.device) -> Stem:
+    """The same stem on another device."""
+    moved: dict[str, Any] = {}
+    for name, value in vars(stem).items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device)
+        elif isinstance(value, Norm):
+            moved[name] = Norm(value.weight.to(device), value.bias.to(device), value.eps)
+    return replace(stem, **moved)

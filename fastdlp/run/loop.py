@@ -1,0 +1,148 @@
+"""The loop over rounds, for one run or for several that share an engine.
+
+Of several processes (`fastdlp.engine.distributed`) all run the same loop, and know the same at the end of every round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdlp.engine.engine import Engine, RoundLosses
+from fastdlp.errors import FastdlpError
+from fastdlp.run.recorder import Recorder, zero_shot_accuracy
+from fastdlp.run.setup import Federation
+
+
+@dataclass
+class Callbacks:
+    """What a caller may be told while a run goes on, and ask of it. Every field may be left as it is."""
+
+    preparing: Callable[[str], None] = lambda text: None  # a line: what is being prepared
+    notice: Callable[[str], None] = lambda text: None  # a line: what was found out about the machine
+    started: Callable[[Path, Federation, float, int], None] = lambda run, federation, zero_shot, finished: None
+    finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # of metrics.jsonl; of several runs, the best
+    should_stop: Callable[[], bool] = lambda: False  # asked after each round; True raises Stopped
+
+
+class Stopped(Exception):
+    """The callbacks asked to stop. The run can be resumed."""
+
+    def __init__(self, run: Path, finished: int, rounds: int, command: str = "train") -> None:
+        super().__init__(f"stopped after round {finished} of {rounds}; go on with: fastdlp {command} --resume {run}")
+        self.run, self.finished, self.rounds = run, finished, rounds
+
+
+def run_rounds(
+    recorders: Sequence[Recorder],
+    finished: int,
+    callbacks: Callbacks,
+    begun: float,
+    checkpoint: Callable[[int], None] | None = None,
+    on_failure: Callable[[Recorder, str], None] | None = None,
+) -> list[Recorder]:
+    """Rounds finished+1 … to the last; returns the recorders of the runs that came to their end.
+
+    Args:
+        recorders: of runs that share an engine.
+        finished: rounds that are done.
+        callbacks: see `Callbacks`; `started` hears of the first run.
+        begun: `time.perf_counter()` before the preparation.
+        checkpoint: keeps the state after a round, in place of every run's own checkpoint.
+        on_failure: told of a run that diverged, with a line that says how; it then takes no further part.
+
+    Raises:
+        FastdlpError: a run that diverged, where there is no `on_failure`; memory or a disk that refuses.
+        Stopped: the callbacks asked for it.
+    """
+    running, first = list(recorders), recorders[0]
+    engine, config = first.federation.engine, first.federation.config
+    rounds = config.rounds or 0
+
+    def keep(number: int) -> None:
+        if checkpoint is not None:
+            checkpoint(number)
+            return
+        for recorder in running:
+            recorder.checkpoint(number)
+
+    zero_shot = zero_shot_accuracy(first.federation)
+    callbacks.started(first.run.path, first.federation, zero_shot, finished)
+    for recorder in running:
+        recorder.start(zero_shot, (time.perf_counter() - begun) / len(recorders))
+    if not finished:
+        keep(0)
+    for number in range(finished + 1, rounds + 1):
+        clock = time.perf_counter()
+        losses = _train_round(engine, number)
+        for recorder, why in [(r, why) for r in running if (why := r.failure(number, losses))]:
+            if on_failure is None:
+                raise FastdlpError(f"{why}; {recorder.run.path} keeps its last good checkpoint")
+            on_failure(recorder, why)
+            running.remove(recorder)
+            engine.idle |= set(recorder.federation.rows)
+        for recorder in running:
+            recorder.before_aggregation()
+        engine.aggregate()
+        hits, val = engine.hits(), engine.hits("val")
+        share = (time.perf_counter() - clock) / len(recorders)
+        lines = [recorder.round(number, losses, hits, val, share) for recorder in running]
+        stop = engine.shards.any(callbacks.should_stop()) and number < rounds
+        if number % config.checkpoint_every == 0 or number == rounds or stop:
+            keep(number)
+        callbacks.finished_round(max(lines, key=lambda line: line["accuracy"]))
+        if stop:
+            raise Stopped(first.run.path, number, rounds)
+    return running
+
+
+def _train_round(engine: Engine, number: int) -> RoundLosses:
+    """One round of training in all processes, and who diverged in it.
+
+    Raises:
+        FastdlpError: the device's memory does not hold it, in any process.
+    """
+    with engine.shards.together():
+        losses = _train_own(engine, number)
+    return losses if engine.shards.count == 1 else _merged(engine, losses)
+
+
+def _train_own(engine: Engine, number: int) -> RoundLosses:
+    """The part of this process."""
+    try:
+        losses = engine.train_round(number)
+        return losses if engine.method.sequential else replace(losses, diverged=engine.bank.not_finite())
+    except torch.OutOfMemoryError:
+        raise FastdlpError(
+            f"the device's memory does not hold {engine.schedule.micro_batch} rows at once: start the run with a "
+            "smaller --micro-batch or --batch-size"
+        ) from None
+
+
+def _merged(engine: Engine, own: RoundLosses) -> RoundLosses:
+    """Every slot's losses, from the process that trained it; who diverged, in any."""
+    parts = engine.shards.gather(
+        {
+            "means": {name: mean.tolist() for name, mean in own.means.items()},
+            "not_finite": [(step, slot, name) for slot, (step, name) in own.not_finite.items()],
+            "diverged": own.diverged,
+            "counts": [own.batches, own.samples, own.computed],
+        }
+    )
+    names = dict.fromkeys(name for part in parts for name in part["means"])
+    nothing = [float("nan")] * len(engine.slots)  # of a process without training samples
+    means = {
+        name: np.array([parts[owner]["means"].get(name, nothing)[slot] for slot, owner in enumerate(engine.owners)])
+        for name in names
+    }
+    bad = sorted(bad for part in parts for bad in part["not_finite"])
+    diverged = sorted({slot for part in parts for slot in part["diverged"]})
+    batches, samples, computed = zip(*(part["counts"] for part in parts))
+    first_bad = {slot: (step, name) for step, slot, name in bad}
+    return RoundLosses(means, own.steps, first_bad, diverged, max(batches), sum(samples), sum(computed))

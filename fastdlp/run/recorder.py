@@ -1,0 +1,179 @@
+"""What is written of one run while it goes on: a line a round, checkpoints, the trace, and all that it ends with.
+
+Of several processes every one has a recorder, and knows each line; the first one's writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastdlp.adapters.serialization import client_tensors, message_bytes, pack, save_tensors, shared_tensors
+from fastdlp.config import NOT_IN_NUMBERS
+from fastdlp.data.partition import Partition
+from fastdlp.engine.engine import RoundLosses, counted
+from fastdlp.errors import FastdlpError
+from fastdlp.files import write_atomic
+from fastdlp.run.checkpoint import FILE as CHECKPOINT
+from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
+from fastdlp.run.folder import ADAPTERS, RunFolder
+from fastdlp.run.metrics import Hits, accuracy_figures, round_line, summarise
+from fastdlp.run.setup import Federation
+from fastdlp.run.trace import Trace
+
+
+class Recorder:
+    """Writes one run's folder.
+
+    Args:
+        run: the folder.
+        federation: the run; its engine may hold other runs as well.
+        finished: rounds that are done.
+    """
+
+    def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
+        self.run, self.federation = run, federation
+        config, engine = federation.config, federation.engine
+        self.writes = engine.shards.leads
+        traced = config.trace and self.writes
+        self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if traced else None
+        self.lines = run.rounds(finished) if self.writes else []  # it cuts the file as well
+        self.message = message_bytes(engine.bank, engine.method.shared)
+        self._identity = identity(federation)
+        self._hits: Hits | None = None  # of the last round, where it was run here
+
+    def start(self, zero_shot: float, preparation: float) -> None:
+        """Keep what is known before the first round: the frozen model's accuracy, and seconds of preparation."""
+        self.zero_shot, self.preparation = zero_shot, preparation
+
+    def failure(self, number: int, losses: RoundLosses) -> str | None:
+        """What went wrong in a round, in a line that says what to do, or None."""
+        rows = self.federation.rows
+        for slot, (step, name) in losses.not_finite.items():
+            if slot in rows:
+                client = slot - rows.start
+                return f"the loss {name} of client {client} is not finite in round {number}, step {step}: lower --lr"
+        if bad := [slot - rows.start for slot in losses.diverged if slot in rows]:
+            return f"the adapters of client {bad[0]} are not finite after round {number}: lower --lr"
+        return None
+
+    def before_aggregation(self) -> None:
+        """Keep what the trace tells of a round's end."""
+        if self.federation.config.trace:
+            self.federation.engine.collect("weights", "gates")
+        if self.trace:
+            self.trace.before_aggregation()
+
+    def round(self, number: int, losses: RoundLosses, hits: Hits, val: Hits, seconds: float) -> dict[str, Any]:
+        """Append a round's line and return it. `hits`, `val`: of all the engine's slots."""
+        rows = self.federation.rows
+        self.federation.engine.collect("gates")
+        self._hits = hits[rows.start : rows.stop]
+        line = round_line(
+            self.federation, number, losses, self._hits, val[rows.start : rows.stop], self.message, seconds
+        )
+        if self.trace:
+            self.trace.write(number)
+        if self.writes:
+            self.run.append_round(line)
+        self.lines.append(line)
+        return line
+
+    def checkpoint(self, number: int) -> None:
+        """Write the state after a round."""
+        federation = self.federation
+        federation.engine.collect()
+        if not self.writes:
+            return
+        save_checkpoint(self.run.path / CHECKPOINT, federation.engine, federation.bank_rows, number, self._identity)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the adapters and the summary; returns the summary."""
+        rows, engine = self.federation.rows, self.federation.engine
+        hits = self._hits or engine.hits()[rows.start : rows.stop]
+        engine.collect()
+        summary: dict[str, Any] | None = None  # the others lack the lines of rounds before a stop
+        if self.writes:
+            _save_adapters(self.run.path / ADAPTERS, self.federation)
+            summary = summarise(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
+            self.run.write_summary(summary)
+        return engine.shards.gather(summary)[0]
+
+
+def zero_shot_accuracy(federation: Federation) -> float:
+    """Σcorrect/Σn of the frozen model on the test samples."""
+    rows = federation.rows
+    hits = federation.engine.hits(adapted=False, among=rows)[rows.start : rows.stop]
+    return accuracy_figures(*counted(hits))[0]
+
+
+def restore(run: RunFolder, federation: Federation) -> int:
+    """Load a run's checkpoint into the engine; returns the finished round, 0 for a run that never began.
+
+    Raises:
+        FastdlpError: a checkpoint that is damaged, of another run, or missing though rounds are recorded.
+    """
+    path = run.path / CHECKPOINT
+    if not path.exists():
+        if run.started():
+            raise FastdlpError(
+                f"{path} is missing (a sweep's member that diverged has none): put it back, or start again with "
+                "--overwrite"
+            )
+        return 0
+    return load_checkpoint(path, federation.engine, federation.bank_rows, identity(federation))
+
+
+def identity(federation: Federation) -> dict[str, str]:
+    """What a checkpoint must agree with: every option that decides numbers, the data and the frozen weights."""
+    options = {k: v for k, v in asdict(federation.config).items() if k not in NOT_IN_NUMBERS | {"rounds", "trace"}}
+    return {
+        "config": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest(),
+        "partition": _digest(federation.partition),
+        "device": federation.engine.bank.device.type,
+        "data": federation.pixels.fingerprint,
+        "weights": federation.weights_fingerprint,
+    }
+
+
+def _digest(partition: Partition) -> str:
+    """Who holds what, as a hash."""
+    digest = hashlib.sha256()
+    for side in (partition.train, partition.test, partition.val):
+        for samples in side:
+            digest.update(f"{len(samples)} ".encode() + samples.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def client_file(client: int) -> str:
+    """The name of a client's file in the folder of adapters."""
+    return f"client-{client:02d}.safetensors"
+
+
+SERVER_FILE = "server.safetensors"
+
+
+def _save_adapters(folder: Path, federation: Federation) -> None:
+    """Every client's adapters and the server's, with what is needed to use them in the metadata.
+
+    Clients of a sequential method hold nothing of their own: only the server's are written.
+    """
+    engine, config = federation.engine, federation.config
+    about = {
+        "format": "pt",
+        "weights": federation.weights_fingerprint,
+        "method": config.method,
+        "encoder": config.encoder,
+        "model": config.model,
+        "branches": json.dumps([asdict(engine.bank.branches[name]) for name in engine.bank.trained]),
+        "scored": json.dumps(engine.method.scored),
+    }
+    if not engine.method.sequential:
+        for slot, row in zip(federation.slots, federation.rows):
+            about["client"] = str(slot.client)
+            save_tensors(folder / client_file(slot.client), client_tensors(engine.bank, row), about)
+    if message := pack(shared_tensors(engine.bank, engine.server, federation.number)):
+        write_atomic(folder / SERVER_FILE, message)  # byte for byte what a client receives

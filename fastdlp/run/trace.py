@@ -1,0 +1,72 @@
+"""What anyone needs to replay a run with an implementation of their own.
+
+    trace/round-0000.safetensors      the start: every client's adapters and the server's
+    trace/round-0001.safetensors …    every client's adapters before aggregation, the server's after it
+    trace/batches.jsonl               a line per batch: round, client, step, sample ids
+
+Tensors are fp32, named `c{client}/{branch}/{block}.{q|k|v|out|fc1|fc2}/{A|B|gate}` and
+`c{client}/{branch}/proj/{A|B|gate}`; the server's begin with `server/` in place of `c{client}/`. Heads and whole
+encoders have the names of their own tensors behind the branch. Full fine-tuning leaves the server's alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fastdlp.adapters.serialization import client_tensors, save_tensors, shared_tensors
+from fastdlp.engine.engine import Engine
+from fastdlp.errors import FastdlpError
+from fastdlp.run.folder import cut_lines
+
+FOLDER, BATCHES = "trace", "batches.jsonl"
+
+
+class Trace:
+    """Writes the trace of one run, from the round that `finished` names on; a new run's start is its round 0."""
+
+    def __init__(self, run: Path, engine: Engine, ids: Sequence[str], finished: int = 0) -> None:
+        self.path, self.engine, self.ids = run / FOLDER, engine, ids
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
+        cut_lines(self.path / BATCHES, finished)
+        self._lines: list[str] = []
+        self._clients: dict[str, Tensor] = {}
+        engine.on_batch = self._batch
+        if not finished:
+            self.before_aggregation()
+            self.write(0)
+
+    def before_aggregation(self) -> None:
+        """Keep every client's adapters as they are now."""
+        bank = self.engine.bank
+        if self.engine.method.sequential:
+            return
+        self._clients = {
+            f"c{slot}/{name}": tensor
+            for slot in range(bank.slots)
+            for name, tensor in client_tensors(bank, slot).items()
+        }
+
+    def write(self, number: int) -> None:
+        """Write the round's tensors and batches. Raises FastdlpError where the disk refuses."""
+        server = shared_tensors(self.engine.bank, self.engine.server)
+        tensors = self._clients | {f"server/{name}": tensor for name, tensor in server.items()}
+        save_tensors(self.path / f"round-{number:04d}.safetensors", tensors, {"round": str(number)})
+        try:
+            with open(self.path / BATCHES, "a") as file:
+                file.writelines(self._lines)
+        except OSError as error:
+            raise FastdlpError(f"cannot write {self.path / BATCHES}: {error.strerror or error}") from None
+        self._lines.clear()
+        self._clients.clear()
+
+    def _batch(self, number: int, slot: int, step: int, samples: np.ndarray) -> None:
+        client, names = self.engine.slots[slot].client, [self.ids[int(i)] for i in samples]
+        self._lines.append(json.dumps({"round": number, "client": client, "step": step, "samples": names}) + "\n")

@@ -1,0 +1,177 @@
+"""A run from config to summary: rounds, records, checkpoints.
+
+summary = fastdlp.train(TrainConfig(method="feddlp", out="runs/a"))
+summary = fastdlp.resume("runs/a")
+
+Under torchrun every process calls the same function, the processes share the run's clients
+(`fastdlp.engine.distributed`), and all return the same summary. Only rank 0's callbacks report; every rank's
+`should_stop` is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastdlp.config import TrainConfig, differences
+from fastdlp.data.registry import check_name
+from fastdlp.engine.distributed import ALONE, Shards, sharded
+from fastdlp.errors import FastdlpError
+from fastdlp.files import remove_temporaries
+from fastdlp.methods import make_method, resolve
+from fastdlp.processes import refuse_several
+from fastdlp.run.folder import PARTITION, RunFolder
+from fastdlp.run.loop import Callbacks, Stopped, run_rounds
+from fastdlp.run.recorder import Recorder, restore
+from fastdlp.run.setup import prepare, prepare_together
+
+__all__ = ["Callbacks", "Stopped", "batched_by_seed", "resume", "train", "train_together"]
+
+
+def train(config: TrainConfig, overwrite: bool = False, callbacks: Callbacks | None = None) -> dict[str, Any]:
+    """Run a federation from its start and return its summary (the content of summary.json).
+
+    Args:
+        config: any config; without `out` the run folder is named after it, in runs/.
+        overwrite: replace a run that is already at `out`.
+        callbacks: see `Callbacks`.
+
+    Raises:
+        FastdlpError: bad input, a disk that refuses, a loss that is not finite.
+        Stopped: the callbacks asked for it.
+    """
+    config = resolve(config)
+    with sharded() as shards:
+        out = config.out or shards.gather(str(_named(config)))[0]
+        return _train([replace(config, out=out)], overwrite, callbacks or Callbacks(), shards)[0]
+
+
+def train_together(
+    configs: Sequence[TrainConfig], overwrite: bool = False, callbacks: Callbacks | None = None
+) -> list[dict[str, Any]]:
+    """Run federations that differ in seed, α and learning rates alone, in one bank; returns their summaries.
+
+    Each has its own folder and checkpoints, so that `resume` can go on with every one of them alone.
+
+    Args:
+        configs: each with an `out` of its own.
+        overwrite: replace runs that are already there.
+        callbacks: see `Callbacks`; of several runs it hears of the first one's start and the best one's rounds.
+
+    Raises:
+        FastdlpError: bad input, a disk that refuses, a loss that is not finite in any of them; torchrun's processes.
+        Stopped: the callbacks asked for it.
+    """
+    refuse_several()
+    return _train(configs, overwrite, callbacks or Callbacks(), ALONE)
+
+
+def _train(
+    configs: Sequence[TrainConfig], overwrite: bool, callbacks: Callbacks, shards: Shards
+) -> list[dict[str, Any]]:
+    """`train_together` in one of the processes that share the runs."""
+    begun = time.perf_counter()
+    callbacks = _rank_zero_only(callbacks, shards)
+    paths = [Path(config.out or "") for config in configs]
+    with shards.together():
+        check_name(configs[0].dataset)
+        for path in paths if shards.leads else ():
+            RunFolder.check_free(path, overwrite)
+    with shards.together():
+        prepared = prepare_together(configs, callbacks.preparing, shards=shards, notice=callbacks.notice)
+    federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
+    with ExitStack() as stack:
+        with shards.together():
+            for f, path in zip(federations, paths) if shards.leads else ():
+                run = RunFolder.create(path, f.config, f.partition, f.pixels.ids, overwrite)
+                stack.enter_context(run.locked())
+        recorders = [Recorder(RunFolder(path), f, 0) for f, path in zip(federations, paths)]
+        return [recorder.finish() for recorder in run_rounds(recorders, 0, callbacks, begun)]
+
+
+def batched_by_seed(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
+    """Configs in their order, those that `train_together` may take together side by side in one list."""
+    batches: dict[TrainConfig, list[TrainConfig]] = {}
+    for config in configs:
+        alone = make_method(config).sequential or config.pretrained == "none" or config.trace
+        batches.setdefault(config if alone else replace(config, seed=0, out=None), []).append(config)
+    return list(batches.values())
+
+
+def resume(
+    run: str | Path,
+    rounds: int | None = None,
+    given: dict[str, Any] | None = None,
+    callbacks: Callbacks | None = None,
+) -> dict[str, Any]:
+    """Go on with a run that was stopped, to the same bits as if it never had been; returns the summary.
+
+    Args:
+        run: its folder.
+        rounds: a new number of rounds, to make a finished run longer.
+        given: further options by name that the caller believes the run to have.
+        callbacks: see `Callbacks`.
+
+    Raises:
+        FastdlpError: not a run, or a run of other options, data, model or a damaged checkpoint.
+        Stopped: the callbacks asked for it.
+    """
+    with sharded() as shards, ExitStack() as stack:
+        with shards.together():
+            folder = RunFolder(Path(run))
+            if shards.leads:
+                stack.enter_context(folder.locked())
+        return _resume(folder, rounds, given or {}, _rank_zero_only(callbacks or Callbacks(), shards), shards)
+
+
+def _resume(
+    run: RunFolder, rounds: int | None, given: dict[str, Any], callbacks: Callbacks, shards: Shards
+) -> dict[str, Any]:
+    """`resume` while nobody else writes to the folder."""
+    begun = time.perf_counter()
+    with shards.together():
+        config = replace(run.config(), out=str(run.path))
+        asked = resolve(replace(config, **given)) if given else config
+        if other := differences(config, asked):
+            raise FastdlpError(f"{run.path} was started with {', '.join(other)}: resume without it, or start a new run")
+        if rounds is not None:
+            asked = replace(asked, rounds=rounds)
+            asked.check()
+        summary = run.summary()
+        if summary is not None and summary["rounds"] == asked.rounds:
+            return summary
+        federation = prepare(asked, callbacks.preparing, run.path / PARTITION, shards, callbacks.notice)
+        finished = restore(run, federation)
+        if finished > (asked.rounds or 0):
+            raise FastdlpError(
+                f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
+            )
+    if shards.leads:
+        remove_temporaries(run.path)
+        if asked != config:
+            run.change_config(asked)
+    recorder = Recorder(run, replace(federation, config=asked), finished)
+    run_rounds([recorder], finished, callbacks, begun)
+    return recorder.finish()
+
+
+def _rank_zero_only(callbacks: Callbacks, shards: Shards) -> Callbacks:
+    """The callbacks of a process that is not the first is not told of what the first one's hears as well."""
+    return callbacks if shards.leads else Callbacks(should_stop=callbacks.should_stop)
+
+
+def _named(config: TrainConfig) -> Path:
+    """A run folder that tells what it holds, for those who name none."""
+    data = config.dataset.rstrip("/").rpartition("/")[2].replace(":", "-")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{data}-{config.method}-{config.encoder}-beta{config.beta:g}-seed{config.seed}-{stamp}"
+    path, number = Path("runs") / name, 1
+    while path.exists():  # another run of this second
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
