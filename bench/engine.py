@@ -19,8 +19,10 @@ from fastdlp.clip.tower import Tower
 from fastdlp.config import TrainConfig
 from fastdlp.engine.cuda_graph import cuda_graphs
 from fastdlp.engine.device import DTYPES
-from fastdlp.engine.engine import Engine, RoundLosses, Schedule, Slot
+from fastdlp.engine.engine import Engine
 from fastdlp.engine.images import TokenSource
+from fastdlp.engine.round_losses import RoundLosses
+from fastdlp.engine.schedule import Schedule, Slot
 from fastdlp.engine.tasks import ClassificationTask, ImageTask, Prompts, TextTask, frozen_image_features
 from fastdlp.methods import make_method
 from fastdlp.methods.base import Method

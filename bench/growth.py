@@ -38,13 +38,15 @@ from fastdlp.clip.load import Clip, load_clip
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels
 from fastdlp.engine.device import DTYPES, pick_backend
-from fastdlp.engine.engine import Engine, RoundLosses, Schedule, Slot
+from fastdlp.engine.engine import Engine
+from fastdlp.engine.round_losses import RoundLosses
+from fastdlp.engine.schedule import Schedule, Slot
 from fastdlp.errors import FastdlpError
 from fastdlp.methods.feddlp import FedDLP
 from fastdlp.methods.losses import Objective
 from fastdlp.report.style import FAINT, GRID, INK, PALETTE, logarithmic, look, pale, panels, png
+from fastdlp.run.build_engine import PACKED
 from fastdlp.run.build_task import Built, build_task
-from fastdlp.run.setup import PACKED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastdlp.engine.schedule import Plan
+from fastdlp.engine.schedule import StepPlan
 from fastdlp.engine.tasks import ClassificationTask, Samples
 
 
@@ -29,6 +29,6 @@ class Images:
 
 def samples_of(ids: Sequence[np.ndarray], labels: np.ndarray, task: ClassificationTask) -> Samples:
     """One batch for each of several slots, on the CPU."""
-    plan = Plan([list(enumerate(ids))], lambda slot: slot, torch.device("cpu"))
+    plan = StepPlan([list(enumerate(ids))], lambda slot: slot, torch.device("cpu"))
     staged = None if task.stage is None else task.stage(plan.ids(0))
-    return Samples.read(plan.words[0], plan.shapes[0], torch.from_numpy(labels), staged)[1]
+    return Samples.unpack(plan.buffers[0], plan.shapes[0], torch.from_numpy(labels), staged)[1]

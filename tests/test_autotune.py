@@ -22,7 +22,7 @@ from fastdlp.engine import autotune_units as units
 from fastdlp.engine.autotune import TOLERANCE, Meter, Unit, cuda_identity, select, tolerance_of
 from fastdlp.engine.autotune_units import Load, Pass, optimizer_unit, passes, tower_units
 from fastdlp.engine.device import must_measure, pick_backend
-from fastdlp.engine.distributed import Shards
+from fastdlp.engine.distributed import ProcessGroup
 from fastdlp.errors import FastdlpError
 from fastdlp.files import cache_root
 from fastdlp.kernels import backend as kernels_backend
@@ -279,18 +279,18 @@ def test_tolerance(precision: str) -> None:
 
 
 def test_processes_agree() -> None:
-    class Faked(Shards):
+    class Faked(ProcessGroup):
         def gather(self, value: Any) -> list[Any]:
             return [["triton"], value]
 
-    class Failed(Shards):
+    class Failed(ProcessGroup):
         def gather(self, value: Any) -> list[Any]:
             return ["no room", value]
 
-    assert Shards().agreed("torch") == "torch"
-    assert Faked(1, 2).agreed("torch") == "triton"
+    assert ProcessGroup().broadcast_from_rank_zero("torch") == "torch"
+    assert Faked(1, 2).broadcast_from_rank_zero("torch") == "triton"
     with pytest.raises(FastdlpError, match="no room"):
-        Failed(1, 2).agreed("torch")
+        Failed(1, 2).broadcast_from_rank_zero("torch")
 
 
 # -- the units of a run -------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from fastdlp.engine.cuda_graph import TOLERANCE, GraphedSteps
 from fastdlp.engine.schedule import Inputs, Shape
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
-from fastdlp.run.setup import may_graph, prepare
+from fastdlp.run.build_engine import may_graph
+from fastdlp.run.setup import prepare
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 SMALL, LARGE = Shape((2,), 2), Shape((2, 2), 2)
@@ -47,19 +48,19 @@ class Toy:
         self.state = torch.zeros(4, 3)
         self.run = GraphedSteps(self.step, recorder, lambda: [self.state], notice)
 
-    def step(self, words: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
-        inputs = Inputs.read(words, shape)
+    def step(self, buffer: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
+        inputs = Inputs.unpack(buffer, shape)
         self.state.index_add_(0, inputs.slots, inputs.ids.sum(1)[:, None].expand(-1, 3).float())
         return inputs.ids.sum(1).float()[None] + (0 if staged is None else staged.sum())
 
 
-def words(*slots: int, first: int = 1) -> Tensor:
+def buffer(*slots: int, first: int = 1) -> Tensor:
     ids = [n for slot in slots for n in (first + slot, first + slot + 1)]
     return torch.tensor([*slots, *(2 for _ in slots), *ids])
 
 
-STEPS = [(words(0, first=first), SMALL) for first in (1, 5, 9, 2)] + [
-    (words(1, 3, first=first), LARGE) for first in (3, 4, 7)
+STEPS = [(buffer(0, first=first), SMALL) for first in (1, 5, 9, 2)] + [
+    (buffer(1, 3, first=first), LARGE) for first in (3, 4, 7)
 ]
 
 

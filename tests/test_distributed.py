@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import fastdlp
 from fastdlp.engine.device import pick_device
-from fastdlp.engine.distributed import Shards, sharded
+from fastdlp.engine.distributed import ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
 
 Same = Callable[[Path, Path], None]
@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import fastdlp
 from fastdlp.errors import FastdlpError
-from fastdlp.engine.distributed import sharded
+from fastdlp.engine.distributed import process_group
 
 todo, told = sys.argv[1:]
 for case in json.loads(todo):
@@ -53,29 +53,29 @@ for case in json.loads(todo):
     else:
         fastdlp.train(fastdlp.TrainConfig(**case))
 
-with sharded() as shards:
-    rows = torch.tensor([[0.1], [0.2], [0.3]]) + 10 * shards.rank
-    shards.spread(rows, [1, 0, 1])
+with process_group() as group:
+    rows = torch.tensor([[0.1], [0.2], [0.3]]) + 10 * group.rank
+    group.broadcast_rows(rows, [1, 0, 1])
     heard = {
-        "gather": shards.gather([shards.rank, float("inf")]),
-        "any": [shards.any(shards.rank == 1), shards.any(False)],
-        "total": shards.total(torch.tensor([1.0, shards.rank], dtype=torch.float64)).tolist(),
-        "union": [part.tolist() for part in shards.union([np.arange(2) == shards.rank, np.zeros(1, bool)])],
+        "gather": group.all_gather([group.rank, float("inf")]),
+        "any": [group.any(group.rank == 1), group.any(False)],
+        "total": group.all_reduce(torch.tensor([1.0, group.rank], dtype=torch.float64)).tolist(),
+        "union": [part.tolist() for part in group.any_reduce([np.arange(2) == group.rank, np.zeros(1, bool)])],
         "spread": rows.tolist(),
         "errors": [],
     }
     for guilty in (0, 1):
         try:
-            with shards.together():
-                if shards.rank == guilty:
+            with group.sync_errors():
+                if group.rank == guilty:
                     raise FastdlpError(f"only in {guilty}")
-                with shards.in_turn():
+                with group.local_rank_zero_first():
                     heard["errors"].append("did not wait")
         except FastdlpError as error:
             heard["errors"].append(str(error))
-    with shards.together():
+    with group.sync_errors():
         pass
-    open(f"{told}/{shards.rank}.json", "w").write(json.dumps(heard))
+    open(f"{told}/{group.rank}.json", "w").write(json.dumps(heard))
 """
 
 
@@ -225,23 +225,23 @@ def test_what_processes_tell_each_other(rank: int, runs: tuple[Path, Path]) -> N
 )
 def test_the_largest_goes_to_whoever_has_least(loads: list[int], count: int, owners: list[int]) -> None:
     for rank in range(count):
-        assert Shards(rank, count).owners(loads) == owners
+        assert ProcessGroup(rank, count).owners(loads) == owners
 
 
 def test_no_process_has_more_than_a_client_more_than_another() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         loads = rng.integers(0, 500, 40).tolist()
-        owners = np.array(Shards(0, 4).owners(loads))
+        owners = np.array(ProcessGroup(0, 4).owners(loads))
         totals = [np.array(loads)[owners == rank].sum() for rank in range(4)]
         assert max(totals) - min(totals) <= max(loads)
 
 
 def test_alone_is_left_alone() -> None:
-    alone, rows, found = Shards(), torch.ones(2, 1), [np.ones(1, bool)]
-    alone.spread(rows, [0, 0])
-    assert (alone.gather({"a": (1,)}), alone.any(True), alone.union(found)) == ([{"a": (1,)}], True, found)
-    assert alone.total(rows) is rows
+    alone, rows, found = ProcessGroup(), torch.ones(2, 1), [np.ones(1, bool)]
+    alone.broadcast_rows(rows, [0, 0])
+    assert (alone.all_gather({"a": (1,)}), alone.any(True), alone.any_reduce(found)) == ([{"a": (1,)}], True, found)
+    assert alone.all_reduce(rows) is rows
     with pytest.raises(FastdlpError, match="as it was"), alone.together(), alone.in_turn():
         raise FastdlpError("as it was")
 
@@ -252,23 +252,23 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name in ("auto", "cuda"):
-        assert [pick_device(name, Shards(rank, 2, rank)) for rank in (0, 1)] == [
+        assert [pick_device(name, ProcessGroup(rank, 2, rank)) for rank in (0, 1)] == [
             torch.device("cuda", 0),
             torch.device("cuda", 1),
         ]
     assert chosen == [0, 1, 0, 1]
-    assert pick_device("cpu", Shards(1, 2, 1)) == torch.device("cpu")
+    assert pick_device("cpu", ProcessGroup(1, 2, 1)) == torch.device("cpu")
     with pytest.raises(FastdlpError, match="more processes than GPUs: torch sees 2 CUDA devices"):
-        pick_device("auto", Shards(2, 3, 2))
+        pick_device("auto", ProcessGroup(2, 3, 2))
     with pytest.raises(FastdlpError, match="--device cuda:1 names one GPU for several processes"):
-        pick_device("cuda:1", Shards(1, 2, 1))
+        pick_device("cuda:1", ProcessGroup(1, 2, 1))
 
 
 def test_a_world_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(FastdlpError, match="WORLD_SIZE is 2 without RANK, LOCAL_RANK"), sharded():
+    with pytest.raises(FastdlpError, match="WORLD_SIZE is 2 without RANK, LOCAL_RANK"), process_group():
         pass
 
 

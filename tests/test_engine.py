@@ -17,8 +17,9 @@ from fastdlp.adapters.optimizer import Hyperparameters
 from fastdlp.clip.load import Clip, class_prompts, load_clip
 from fastdlp.config import PROTOCOLS, TrainConfig
 from fastdlp.engine.cuda_graph import GraphedSteps
-from fastdlp.engine.engine import Engine, Schedule, Slot, epoch_order
+from fastdlp.engine.engine import Engine
 from fastdlp.engine.images import TokenSource
+from fastdlp.engine.schedule import Schedule, Slot, epoch_order
 from fastdlp.engine.tasks import ImageTask, Prompts, TextTask, frozen_image_features, frozen_text_features
 from fastdlp.methods import make_method
 from fastdlp.methods.losses import Objective

@@ -23,8 +23,8 @@ from fastdlp.adapters.heads import head_shapes
 from fastdlp.adapters.layout import flat
 from fastdlp.adapters.optimizer import Hyperparameters, update
 from fastdlp.clip.load import Clip, class_prompts, load_clip
-from fastdlp.engine.engine import epoch_order
 from fastdlp.engine.full_task import FullTask, trains
+from fastdlp.engine.schedule import Inputs, Shape, epoch_order
 from fastdlp.methods.losses import Objective
 from fastdlp.run import build_task
 from fastdlp.run.setup import prepare
@@ -199,7 +199,7 @@ def test_the_server_s_file_is_what_clients_are_scored_with(
         assert client["correct"] == right.sum()
 
 
-def test_clients_take_turns_from_the_server_s_copy(few: Path, tmp_path: Path) -> None:
+def test_clients_train_one_after_another_from_the_server_s_weights(few: Path, tmp_path: Path) -> None:
     """One row, restarted for each client, moments and step count too; the average is weighted by their samples."""
     federation = prepare(_config(few, tmp_path, "fedfft", local_epochs=2))
     engine = federation.engine
@@ -208,11 +208,15 @@ def test_clients_take_turns_from_the_server_s_copy(few: Path, tmp_path: Path) ->
     seen: dict[int, tuple[Tensor, int]] = {}
     order: list[int] = []
 
-    def on_batch(number: int, slot: int, step: int, samples: np.ndarray) -> None:
-        order.append(slot)
-        seen[slot] = state.weights[0].clone(), int(state.steps[0])
+    step = engine.run
 
-    engine.on_batch = on_batch
+    def run(buffer: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
+        losses, first = step(buffer, shape, staged), int(Inputs.unpack(buffer, shape).ids[0, 0])
+        order.append(next(i for i, slot in enumerate(engine.slots) if first in slot.train))
+        seen[order[-1]] = state.weights[0].clone(), int(state.steps[0])
+        return losses
+
+    engine.run = run
     start = engine.server["global"].clone()
     engine.train_round(1)
     assert order == sorted(order)

@@ -231,10 +231,14 @@ def test_the_frozen_copy_of_feddat(few: Path, tmp_path: Path) -> None:
     engine = prepare(_config(few, tmp_path, "feddat")).engine
     state = engine.bank.state
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    engine.on_batch = lambda number, slot, step, samples: seen.append(
-        (number, state["frozen"].weights.clone(), state["global"].weights.clone())
-    )
-    before = []
+    step, before = engine.run, []
+
+    def run(*inputs: Any) -> torch.Tensor:
+        losses = step(*inputs)
+        seen.append((len(before), state["frozen"].weights.clone(), state["global"].weights.clone()))
+        return losses
+
+    engine.run = run
     for number in (1, 2):
         before.append(state["global"].weights.clone())
         engine.train_round(number)

@@ -19,7 +19,7 @@ from fastdlp.adapters.branches import TowerShape, tower_sites
 from fastdlp.adapters.optimizer import Hyperparameters, update
 from fastdlp.clip.tower import Tower
 from fastdlp.engine.autotune import Run, Unit, cuda_identity, cuda_meter, select, tolerance_of
-from fastdlp.engine.schedule import width
+from fastdlp.engine.schedule import graph_width
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.methods.base import Method
 from fastdlp.selection import Choice, Selection
@@ -63,7 +63,9 @@ def passes(method: Method, load: Load) -> list[list[Pass]]:
     method.step(spy)  # type: ignore[arg-type]
     wide = load.together(load.rows)
     training = [
-        Pass(clients, load.rows, views) for clients in (width(wide) if load.padded else wide, 1) for views in spy.seen
+        Pass(clients, load.rows, views)
+        for clients in (graph_width(wide) if load.padded else wide, 1)
+        for views in spy.seen
     ]
     scoring = Pass(load.together(load.scored), max(load.scored, 1), (method.scored,), grad=False)
     found: dict[int, list[Pass]] = {}

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastdlp.engine.schedule import Inputs, Shape
 from fastdlp.errors import FastdlpError
 
-# (words, shape, staged) → losses [names, n]; see `fastdlp.engine.schedule.Inputs` and `ClassificationTask.stage`.
-Step = Callable[[Tensor, Shape, Tensor | None], Tensor]
+# (input buffer, shape, staged images) → losses [names, n]; see `schedule.Inputs` and `ClassificationTask.stage`.
+StepFn = Callable[[Tensor, Shape, Tensor | None], Tensor]
 T = TypeVar("T")
 
 # Of the losses' norm, and of the norm of what the step changes. A replay launches the same kernels on the same numbers,
@@ -74,12 +74,12 @@ class CudaRecorder:
 class _Held:
     """Where a shape's steps find their inputs, and its graph once there is one."""
 
-    words: Tensor
+    buffer: Tensor
     staged: Tensor | None
     replay: Callable[[], Tensor] | None = None
 
-    def take(self, words: Tensor, staged: Tensor | None) -> None:
-        self.words.copy_(words)
+    def take(self, buffer: Tensor, staged: Tensor | None) -> None:
+        self.buffer.copy_(buffer)
         if self.staged is not None and staged is not None:
             self.staged.copy_(staged)
 
@@ -104,7 +104,7 @@ class GraphedSteps:
 
     def __init__(
         self,
-        step: Step,
+        step: StepFn,
         recorder: Recorder,
         state: Callable[[], Sequence[Tensor]],
         notice: Callable[[str], None] | None = None,
@@ -113,24 +113,24 @@ class GraphedSteps:
         self.held: dict[Shape, _Held] = {}
         self.off = False
 
-    def __call__(self, words: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
+    def __call__(self, buffer: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
         """The losses of a step, in memory of their own.
 
         Raises:
             FastdlpError: graphs were asked for, and the step cannot be recorded or is not repeated right.
         """
         if self.off:
-            return self.step(words, shape, staged)
+            return self.step(buffer, shape, staged)
         if shape not in self.held:
-            self.held[shape] = _Held(words.clone(), None if staged is None else staged.clone())
-            return self.recorder.run(lambda: self.step(words, shape, staged))
+            self.held[shape] = _Held(buffer.clone(), None if staged is None else staged.clone())
+            return self.recorder.run(lambda: self.step(buffer, shape, staged))
         held = self.held[shape]
-        held.take(words, staged)
+        held.take(buffer, staged)
         return self._first_replay(held, shape) if held.replay is None else held.replay().clone()
 
     def _first_replay(self, held: _Held, shape: Shape) -> Tensor:
         """The losses of a step that is run, recorded, and run again from where it began."""
-        slots, tensors = Inputs.read(held.words, shape).slots, self.state()
+        slots, tensors = Inputs.unpack(held.buffer, shape).slots, self.state()
 
         def rows() -> list[Tensor]:
             return [tensor.index_select(0, slots) for tensor in tensors]
@@ -140,7 +140,7 @@ class GraphedSteps:
                 tensor.index_copy_(0, slots, own)
 
         def call() -> Tensor:
-            return self.step(held.words, shape, held.staged)
+            return self.step(held.buffer, shape, held.staged)
 
         before = rows()
         losses = self.recorder.run(call)
@@ -177,10 +177,10 @@ def _off(value: Tensor, right: Tensor, start: Tensor) -> float:
 
 def cuda_graphs(
     device: torch.device, state: Callable[[], Sequence[Tensor]], notice: Callable[[str], None] | None = None
-) -> Callable[[Step], Step]:
+) -> Callable[[StepFn], StepFn]:
     """What an engine takes as its `runner`: its steps as graphs on a CUDA device; see `GraphedSteps`."""
 
-    def runner(step: Step) -> Any:
+    def runner(step: StepFn) -> Any:
         return GraphedSteps(step, CudaRecorder(device), state, notice)
 
     return runner

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastdlp.engine.distributed import ALONE, Shards
+from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.selection import read_backend
@@ -16,7 +16,7 @@ from fastdlp.selection import read_backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pick_device(name: str, shards: Shards = ALONE) -> torch.device:
+def pick_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
     """The device that `--device` names; auto takes CUDA where there is one, each of several processes its own GPU.
 
     Raises:
@@ -24,8 +24,8 @@ def pick_device(name: str, shards: Shards = ALONE) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if shards.count > 1 and name.startswith("cuda") and torch.cuda.is_available():
-        return _own_gpu(name, shards.local_rank)
+    if group.world_size > 1 and name.startswith("cuda") and torch.cuda.is_available():
+        return _own_gpu(name, group.local_rank)
     try:
         device = torch.device(name)
     except RuntimeError:

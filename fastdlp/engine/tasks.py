@@ -1,8 +1,8 @@
-"""The classification task on one side of CLIP: what goes through the adapted tower, what stays frozen.
+"""The classification task with adapters in one tower of CLIP.
 
 `ImageTask` adapts the image tower: rows are images, the class prompts' features are constants.
 `TextTask` adapts the text tower: rows are class prompts (every slot runs all of them), the images'
-features are constants. Both compute the frozen side and the frozen stem once per run.
+features are constants. Both compute the frozen tower and the frozen stem once per run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdlp.methods.losses import Outputs
 
 @dataclass(frozen=True)
 class Prompts:
-    """The class prompts behind the text stem: tokens [K, L, width] and pooled positions [K]."""
+    """The class prompts after the text stem: tokens [K, L, width] and pooled positions [K]."""
 
     tokens: Tensor
     index: Tensor
@@ -35,38 +35,35 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Whose samples a forward is for; S is the most that a slot has."""
+    """The samples of a forward; S is the largest number of samples of a slot."""
 
-    ids: Tensor  # [n, S] int64, padded with the slot's first, so that no slot sees another's
+    ids: Tensor  # [n, S] int64, padded with the slot's first
     labels: Tensor  # [n, S] int64
-    mask: Tensor  # [n, S] bool: no padding
+    mask: Tensor  # [n, S] bool, False for padding
     sizes: tuple[int, ...]  # samples of each slot that go through the tower; the true number, or S for all
-    staged: Tensor | None = None  # what `ClassificationTask.stage` gave for the ids, padding included
+    staged: Tensor | None = None  # result of `ClassificationTask.stage` for the ids, padding included
 
     @staticmethod
-    def read(words: Tensor, shape: Shape, labels: Tensor, staged: Tensor | None) -> tuple[Tensor, Samples]:
-        """The bank's rows [n] and the samples of a step of a `Plan`; labels [samples] int64 on the same device."""
-        inputs = Inputs.read(words, shape)
-        mask = _numbers(shape.samples, words.device) < inputs.counts[:, None]
+    def unpack(buffer: Tensor, shape: Shape, labels: Tensor, staged: Tensor | None) -> tuple[Tensor, Samples]:
+        """The bank's rows [n] and the samples of a step of a `StepPlan`; labels [samples] int64 on the same device."""
+        inputs = Inputs.unpack(buffer, shape)
+        mask = _arange(shape.samples, buffer.device) < inputs.counts[:, None]
         return inputs.slots, Samples(inputs.ids, labels[inputs.ids], mask, shape.sizes, staged)
 
 
 @device_table
-def _numbers(count: int, device: torch.device) -> Tensor:
-    """0 … count − 1."""
+def _arange(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
 class ClassificationTask(Protocol):
-    """What the engine asks of a task."""
+    """The model as the engine runs it."""
 
     scoring_batch: int  # samples of one slot in one scoring pass
 
     @property
     def stage(self) -> Callable[[np.ndarray], Tensor] | None:
-        """Brings to the device what a step of samples [n · S] needs beside their numbers; None where all is there.
-
-        Called on the host, one step ahead."""
+        """Copies the images of samples [n · S] to the device, called one step ahead; None if all are there."""
 
     def rows(self, samples: int) -> int:
         """Rows that one slot sends through the tower per view for this many samples."""
@@ -80,7 +77,7 @@ class ImageTask:
 
     Args:
         tower: frozen image tower on its device and in its dtype.
-        tokens: of all samples behind the frozen stem, same device and dtype.
+        tokens: of all samples after the frozen stem, same device and dtype.
         text: normalized class features [K, d] of the training and of the scoring prompts, fp32.
         scale: exp(logit_scale).
     """
@@ -106,7 +103,7 @@ class ImageTask:
     def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
         groups = RowGroups(samples.sizes, views)
         n, most = samples.ids.shape
-        even = set(samples.sizes) == {most}  # no padding: rows and places differ by the views alone
+        even = set(samples.sizes) == {most}  # no padding: rows are the samples repeated per view
         taken, placed = (None, []) if even else _places(groups, most, samples.ids.device)
         ids = samples.ids.flatten()
         if samples.staged is None:
@@ -119,7 +116,7 @@ class ImageTask:
 
 
 def _taken(places: Tensor, taken: Tensor | None, slots: int, views: int) -> Tensor:
-    """[n · S, ...] → [rows, ...]: those that `taken` names, or without padding every view's."""
+    """[n · S, ...] → [rows, ...]: the rows that `taken` indexes, or without padding all, repeated per view."""
     if taken is not None:
         return places.index_select(0, taken)
     if views == 1:
@@ -129,11 +126,11 @@ def _taken(places: Tensor, taken: Tensor | None, slots: int, views: int) -> Tens
 
 @device_table
 def _places(groups: RowGroups, samples: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Between samples padded to [n, S] and rows sorted by group.
+    """Index maps between samples padded to [n, S] and rows sorted by group.
 
     Returns:
-        [rows] the place among the n · S of every row, and per view the row of every place, [n, S]; padding points at
-        the slot's own first row.
+        [rows] the padded position of every row, and per view the row of every padded position, [n, S]; padding refers
+        to the slot's own first row.
     """
     sizes, views = np.array(groups.sizes), groups.views
     within = np.arange(samples)
@@ -148,13 +145,13 @@ class TextTask:
 
     Args:
         tower: frozen text tower on its device and in its dtype.
-        prompts: the class prompts behind the stem, for training and for scoring.
+        prompts: the class prompts after the stem, for training and for scoring.
         images: normalized image features [samples, d] of the frozen image tower, fp32.
         scale: exp(logit_scale).
     """
 
     stage = None
-    scoring_batch = 1 << 20  # the tower runs once a slot however many samples are scored
+    scoring_batch = 1 << 20  # the tower runs once per slot, whatever the number of samples
 
     def __init__(self, tower: Tower, prompts: tuple[Prompts, Prompts], images: Tensor, scale: float) -> None:
         self.tower, self.prompts, self.images, self.scale = tower, prompts, images, scale

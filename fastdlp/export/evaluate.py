@@ -73,7 +73,7 @@ def evaluate(
 def _load_adapters(folder: RunFolder, federation: Federation) -> None:
     """Put the saved adapters of a run's clients into the bank. Raises FastdlpError where they are not this run's."""
     bank, model = federation.engine.bank, federation.config.model
-    if federation.engine.method.sequential:  # the server's file is the message, without a word about itself
+    if not federation.engine.stateful_clients:  # the server's file is the message, without a word about itself
         path = folder.path / ADAPTERS / SERVER_FILE
         if (folder.summary() or {}).get("weights") != federation.weights_fingerprint:
             raise FastdlpError(f"{folder.path} was trained from other weights than {model} has now")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastdlp.adapters.bank import BranchState
 from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.engine.engine import Engine
 from fastdlp.errors import FastdlpError
@@ -50,10 +49,9 @@ def load_checkpoint(path: Path, engine: Engine, rows: range, identity: dict[str,
 
 
 def _held(engine: Engine, rows: range) -> dict[str, Tensor]:
-    """Views of what a round begins with, by name: of a sequential method the weights alone."""
-    fields = ("weights",) if engine.method.sequential else BranchState.FIELDS
+    """Views of the state that a round starts from, by name."""
     return {
         f"{branch}/{name}": getattr(engine.bank.state[branch], name)[rows.start : rows.stop]
         for branch in engine.bank.trained
-        for name in fields
+        for name in engine.state_fields
     }

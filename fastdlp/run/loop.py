@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastdlp.engine.engine import Engine, RoundLosses
+from fastdlp.engine.engine import Engine
+from fastdlp.engine.round_losses import RoundLosses, gather_losses
 from fastdlp.errors import FastdlpError
 from fastdlp.run.recorder import Recorder, zero_shot_accuracy
 from fastdlp.run.setup import Federation
@@ -93,7 +93,7 @@ def run_rounds(
         hits, val = engine.hits(), engine.hits("val")
         share = (time.perf_counter() - clock) / len(recorders)
         lines = [recorder.round(number, losses, hits, val, share) for recorder in running]
-        stop = engine.shards.any(callbacks.should_stop()) and number < rounds
+        stop = engine.group.any(callbacks.should_stop()) and number < rounds
         if number % config.checkpoint_every == 0 or number == rounds or stop:
             keep(number)
         callbacks.finished_round(max(lines, key=lambda line: line["accuracy"]))
@@ -103,46 +103,17 @@ def run_rounds(
 
 
 def _train_round(engine: Engine, number: int) -> RoundLosses:
-    """One round of training in all processes, and who diverged in it.
+    """A round of training on all ranks, with the losses and divergence of all slots.
 
     Raises:
-        FastdlpError: the device's memory does not hold it, in any process.
+        FastdlpError: it does not fit into the device's memory, on any rank.
     """
-    with engine.shards.together():
-        losses = _train_own(engine, number)
-    return losses if engine.shards.count == 1 else _merged(engine, losses)
-
-
-def _train_own(engine: Engine, number: int) -> RoundLosses:
-    """The part of this process."""
-    try:
-        losses = engine.train_round(number)
-        return losses if engine.method.sequential else replace(losses, diverged=engine.bank.not_finite())
-    except torch.OutOfMemoryError:
-        raise FastdlpError(
-            f"the device's memory does not hold {engine.schedule.micro_batch} rows at once: start the run with a "
-            "smaller --micro-batch or --batch-size"
-        ) from None
-
-
-def _merged(engine: Engine, own: RoundLosses) -> RoundLosses:
-    """Every slot's losses, from the process that trained it; who diverged, in any."""
-    parts = engine.shards.gather(
-        {
-            "means": {name: mean.tolist() for name, mean in own.means.items()},
-            "not_finite": [(step, slot, name) for slot, (step, name) in own.not_finite.items()],
-            "diverged": own.diverged,
-            "counts": [own.batches, own.samples, own.computed],
-        }
-    )
-    names = dict.fromkeys(name for part in parts for name in part["means"])
-    nothing = [float("nan")] * len(engine.slots)  # of a process without training samples
-    means = {
-        name: np.array([parts[owner]["means"].get(name, nothing)[slot] for slot, owner in enumerate(engine.owners)])
-        for name in names
-    }
-    bad = sorted(bad for part in parts for bad in part["not_finite"])
-    diverged = sorted({slot for part in parts for slot in part["diverged"]})
-    batches, samples, computed = zip(*(part["counts"] for part in parts))
-    first_bad = {slot: (step, name) for step, slot, name in bad}
-    return RoundLosses(means, own.steps, first_bad, diverged, max(batches), sum(samples), sum(computed))
+    with engine.group.sync_errors():
+        try:
+            losses = engine.train_round(number)
+        except torch.OutOfMemoryError:
+            raise FastdlpError(
+                f"the device's memory does not hold {engine.schedule.micro_batch} rows at once: start the run with a "
+                "smaller --micro-batch or --batch-size"
+            ) from None
+    return gather_losses(replace(losses, diverged=engine.diverged()), engine.owners, engine.group)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 import fastdlp
-from fastdlp.engine.engine import RoundLosses, counted
+from fastdlp.engine.engine import counted
+from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.run.setup import Federation
 
 Hits = Sequence[np.ndarray]  # per client, whether each of its samples is predicted right, bool [n]

@@ -14,7 +14,8 @@ from typing import Any
 from fastdlp.adapters.serialization import client_tensors, message_bytes, pack, save_tensors, shared_tensors
 from fastdlp.config import NOT_IN_NUMBERS
 from fastdlp.data.partition import Partition
-from fastdlp.engine.engine import RoundLosses, counted
+from fastdlp.engine.engine import counted
+from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 from fastdlp.run.checkpoint import FILE as CHECKPOINT
@@ -37,7 +38,7 @@ class Recorder:
     def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
         self.run, self.federation = run, federation
         config, engine = federation.config, federation.engine
-        self.writes = engine.shards.leads
+        self.writes = engine.group.is_rank_zero
         traced = config.trace and self.writes
         self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if traced else None
         self.lines = run.rounds(finished) if self.writes else []  # it cuts the file as well
@@ -100,7 +101,7 @@ class Recorder:
             _save_adapters(self.run.path / ADAPTERS, self.federation)
             summary = summarise(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
             self.run.write_summary(summary)
-        return engine.shards.gather(summary)[0]
+        return engine.group.all_gather(summary)[0]
 
 
 def zero_shot_accuracy(federation: Federation) -> float:
@@ -171,7 +172,7 @@ def _save_adapters(folder: Path, federation: Federation) -> None:
         "branches": json.dumps([asdict(engine.bank.branches[name]) for name in engine.bank.trained]),
         "scored": json.dumps(engine.method.scored),
     }
-    if not engine.method.sequential:
+    if engine.stateful_clients:
         for slot, row in zip(federation.slots, federation.rows):
             about["client"] = str(slot.client)
             save_tensors(folder / client_file(slot.client), client_tensors(engine.bank, row), about)

@@ -12,10 +12,9 @@ encoders have the names of their own tensors behind the branch. Full fine-tuning
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from fastdlp.adapters.serialization import client_tensors, save_tensors, shared_tensors
@@ -36,9 +35,7 @@ class Trace:
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
         cut_lines(self.path / BATCHES, finished)
-        self._lines: list[str] = []
         self._clients: dict[str, Tensor] = {}
-        engine.on_batch = self._batch
         if not finished:
             self.before_aggregation()
             self.write(0)
@@ -46,7 +43,7 @@ class Trace:
     def before_aggregation(self) -> None:
         """Keep every client's adapters as they are now."""
         bank = self.engine.bank
-        if self.engine.method.sequential:
+        if not self.engine.stateful_clients:
             return
         self._clients = {
             f"c{slot}/{name}": tensor
@@ -61,12 +58,12 @@ class Trace:
         save_tensors(self.path / f"round-{number:04d}.safetensors", tensors, {"round": str(number)})
         try:
             with open(self.path / BATCHES, "a") as file:
-                file.writelines(self._lines)
+                file.writelines(self._batch_lines(number))
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path / BATCHES}: {error.strerror or error}") from None
-        self._lines.clear()
         self._clients.clear()
 
-    def _batch(self, number: int, slot: int, step: int, samples: np.ndarray) -> None:
-        client, names = self.engine.slots[slot].client, [self.ids[int(i)] for i in samples]
-        self._lines.append(json.dumps({"round": number, "client": client, "step": step, "samples": names}) + "\n")
+    def _batch_lines(self, number: int) -> Iterator[str]:
+        for slot, step, samples in self.engine.ordered_batches(number) if number else ():
+            client, names = self.engine.slots[slot].client, [self.ids[int(i)] for i in samples]
+            yield json.dumps({"round": number, "client": client, "step": step, "samples": names}) + "\n"

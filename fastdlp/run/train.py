@@ -20,7 +20,7 @@ from typing import Any
 
 from fastdlp.config import TrainConfig, differences
 from fastdlp.data.registry import check_name
-from fastdlp.engine.distributed import ALONE, Shards, sharded
+from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
 from fastdlp.files import remove_temporaries
 from fastdlp.methods import make_method, resolve
@@ -46,9 +46,9 @@ def train(config: TrainConfig, overwrite: bool = False, callbacks: Callbacks | N
         Stopped: the callbacks asked for it.
     """
     config = resolve(config)
-    with sharded() as shards:
-        out = config.out or shards.gather(str(_named(config)))[0]
-        return _train([replace(config, out=out)], overwrite, callbacks or Callbacks(), shards)[0]
+    with process_group() as group:
+        out = config.out or group.all_gather(str(_named(config)))[0]
+        return _train([replace(config, out=out)], overwrite, callbacks or Callbacks(), group)[0]
 
 
 def train_together(
@@ -68,26 +68,26 @@ def train_together(
         Stopped: the callbacks asked for it.
     """
     refuse_several()
-    return _train(configs, overwrite, callbacks or Callbacks(), ALONE)
+    return _train(configs, overwrite, callbacks or Callbacks(), SINGLE_PROCESS)
 
 
 def _train(
-    configs: Sequence[TrainConfig], overwrite: bool, callbacks: Callbacks, shards: Shards
+    configs: Sequence[TrainConfig], overwrite: bool, callbacks: Callbacks, group: ProcessGroup
 ) -> list[dict[str, Any]]:
     """`train_together` in one of the processes that share the runs."""
     begun = time.perf_counter()
-    callbacks = _rank_zero_only(callbacks, shards)
+    callbacks = _rank_zero_only(callbacks, group)
     paths = [Path(config.out or "") for config in configs]
-    with shards.together():
+    with group.sync_errors():
         check_name(configs[0].dataset)
-        for path in paths if shards.leads else ():
+        for path in paths if group.is_rank_zero else ():
             RunFolder.check_free(path, overwrite)
-    with shards.together():
-        prepared = prepare_together(configs, callbacks.preparing, shards=shards, notice=callbacks.notice)
+    with group.sync_errors():
+        prepared = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
     federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
     with ExitStack() as stack:
-        with shards.together():
-            for f, path in zip(federations, paths) if shards.leads else ():
+        with group.sync_errors():
+            for f, path in zip(federations, paths) if group.is_rank_zero else ():
                 run = RunFolder.create(path, f.config, f.partition, f.pixels.ids, overwrite)
                 stack.enter_context(run.locked())
         recorders = [Recorder(RunFolder(path), f, 0) for f, path in zip(federations, paths)]
@@ -121,20 +121,20 @@ def resume(
         FastdlpError: not a run, or a run of other options, data, model or a damaged checkpoint.
         Stopped: the callbacks asked for it.
     """
-    with sharded() as shards, ExitStack() as stack:
-        with shards.together():
+    with process_group() as group, ExitStack() as stack:
+        with group.sync_errors():
             folder = RunFolder(Path(run))
-            if shards.leads:
+            if group.is_rank_zero:
                 stack.enter_context(folder.locked())
-        return _resume(folder, rounds, given or {}, _rank_zero_only(callbacks or Callbacks(), shards), shards)
+        return _resume(folder, rounds, given or {}, _rank_zero_only(callbacks or Callbacks(), group), group)
 
 
 def _resume(
-    run: RunFolder, rounds: int | None, given: dict[str, Any], callbacks: Callbacks, shards: Shards
+    run: RunFolder, rounds: int | None, given: dict[str, Any], callbacks: Callbacks, group: ProcessGroup
 ) -> dict[str, Any]:
     """`resume` while nobody else writes to the folder."""
     begun = time.perf_counter()
-    with shards.together():
+    with group.sync_errors():
         config = replace(run.config(), out=str(run.path))
         asked = resolve(replace(config, **given)) if given else config
         if other := differences(config, asked):
@@ -145,13 +145,13 @@ def _resume(
         summary = run.summary()
         if summary is not None and summary["rounds"] == asked.rounds:
             return summary
-        federation = prepare(asked, callbacks.preparing, run.path / PARTITION, shards, callbacks.notice)
+        federation = prepare(asked, callbacks.preparing, run.path / PARTITION, group, callbacks.notice)
         finished = restore(run, federation)
         if finished > (asked.rounds or 0):
             raise FastdlpError(
                 f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
             )
-    if shards.leads:
+    if group.is_rank_zero:
         remove_temporaries(run.path)
         if asked != config:
             run.change_config(asked)
@@ -160,9 +160,9 @@ def _resume(
     return recorder.finish()
 
 
-def _rank_zero_only(callbacks: Callbacks, shards: Shards) -> Callbacks:
+def _rank_zero_only(callbacks: Callbacks, group: ProcessGroup) -> Callbacks:
     """The callbacks of a process that is not the first is not told of what the first one's hears as well."""
-    return callbacks if shards.leads else Callbacks(should_stop=callbacks.should_stop)
+    return callbacks if group.is_rank_zero else Callbacks(should_stop=callbacks.should_stop)
 
 
 def _named(config: TrainConfig) -> Path:
