@@ -242,7 +242,7 @@ def test_alone_is_left_alone() -> None:
     alone.broadcast_rows(rows, [0, 0])
     assert (alone.all_gather({"a": (1,)}), alone.any(True), alone.any_reduce(found)) == ([{"a": (1,)}], True, found)
     assert alone.all_reduce(rows) is rows
-    with pytest.raises(FastdlpError, match="as it was"), alone.together(), alone.in_turn():
+    with pytest.raises(FastdlpError, match="as it was"), alone.sync_errors(), alone.local_rank_zero_first():
         raise FastdlpError("as it was")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import Tensors
-from fastdlp.adapters.heads import HEADS, attend, classify, head_shapes, head_start
+from fastdlp.adapters.heads import HEADS, attend, classify, head_shapes, init_head
 from fastdlp.adapters.layout import flat
 from fastdlp.engine.frozen_task import FrozenTask
 from fastdlp.methods.losses import Objective
@@ -85,7 +85,7 @@ def test_shapes_and_counts() -> None:
 
 
 def test_an_attention_starts_as_two_identities(features: Tensor) -> None:
-    start = head_start("attention", D, K, np.random.default_rng(0))
+    start = init_head("attention", D, K, np.random.default_rng(0))
     assert {name: tuple(t.shape) for name, t in start.items()} == head_shapes("attention", D, K)
     tensors = {name: tensor.expand(SLOTS, *tensor.shape) for name, tensor in start.items()}
     assert torch.allclose(attend(features, tensors), features * features.tanh().softmax(dim=-1))
@@ -93,14 +93,14 @@ def test_an_attention_starts_as_two_identities(features: Tensor) -> None:
 
 def test_a_classifier_starts_as_torch_s_linear_does() -> None:
     """Uniform in ±1/√d, weight and bias."""
-    start = head_start("classifier", 100, 50, np.random.default_rng(0))
+    start = init_head("classifier", 100, 50, np.random.default_rng(0))
     assert {name: tuple(t.shape) for name, t in start.items()} == head_shapes("classifier", 100, 50)
     for tensor in start.values():
         assert tensor.dtype == torch.float32
         assert 0.08 < tensor.abs().max() <= 0.1
         assert abs(tensor.mean()) < 0.03
         assert tensor.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.2)
-    again, other = (head_start("classifier", 100, 50, np.random.default_rng(seed)) for seed in (0, 1))
+    again, other = (init_head("classifier", 100, 50, np.random.default_rng(seed)) for seed in (0, 1))
     assert torch.equal(again["classifier/weight"], start["classifier/weight"])
     assert not torch.equal(other["classifier/weight"], start["classifier/weight"])
 

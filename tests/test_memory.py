@@ -72,7 +72,7 @@ def test_what_is_kept_is_what_is_estimated(tmp_path: Path, backend: str) -> None
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
-def test_shares_are_what_is_estimated(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_sums_are_what_is_estimated(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of ten clients' two branches on ViT-B/32, whose last block needs fewer."""
     model, views = cases.Model("ViT-B/32", TOKENS, HEADS, False, VIT_B_32), cases.VIEWS[0]
     tower, groups = cases.empty_tower(model, "quick_gelu", torch.bfloat16), RowGroups((32,) * 10, len(views))
@@ -83,7 +83,7 @@ def test_shares_are_what_is_estimated(arch: str, monkeypatch: pytest.MonkeyPatch
         tower.unit_features(x, groups, adapters)
     found = adapters.folded(torch.bfloat16).folded.workspace().nbytes / groups.rows
     estimate = activation_bytes(VIT_B_32, TOKENS, HEADS, 2, "triton", "cuda")
-    monkeypatch.setattr(memory, "SHARE_RANK", 0)
+    monkeypatch.setattr(memory, "PARTIAL_RANK", 0)
     estimate -= activation_bytes(VIT_B_32, TOKENS, HEADS, 2, "triton", "cuda")
     assert 0.85 * estimate <= found <= 1.05 * estimate
 

@@ -161,7 +161,7 @@ def test_refused_encoders(method: str, encoder: str, tmp_path: Path, cli: CLI) -
     for command in (("train", "--out", tmp_path / "run"), ("info",)):
         code, out, err = cli(*command, "--method", method, "--encoder", encoder)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert f"--method {method} goes with --encoder {' or '.join(METHODS[method].encoders)} only" in err
+        assert f"--method {method} supports --encoder {' or '.join(METHODS[method].encoders)} only" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,7 +175,7 @@ def test_both_encoders_are_for_full_fine_tuning_alone() -> None:
 def test_a_classifier_has_no_contrastive_loss(method: str, tmp_path: Path, cli: CLI) -> None:
     code, out, err = cli("train", "--method", method, "--task-loss", "contrastive", "--out", tmp_path / "run")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert f"--method {method} has a classifier: --task-loss contrastive does not go with it" in err
+    assert f"--method {method} has a classifier and does not support --task-loss contrastive" in err
     assert list(tmp_path.iterdir()) == []
 
 

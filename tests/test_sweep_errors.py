@@ -69,7 +69,7 @@ SECOND = "lr0.002-alpha0.1-seed0"
         (("--seed=-1",), "--seed is -1"),
         (("--method", "fedfft"), "--method fedfft trains all weights of one copy: it cannot sweep"),
         (("--method", "fedvmlc"), "--method fedvmlc trains all weights of one copy: it cannot sweep"),
-        (("--method", "fedlc", "--encoder", "text"), "--method fedlc goes with --encoder image only"),
+        (("--method", "fedlc", "--encoder", "text"), "--method fedlc supports --encoder image only"),
         (("--method", "sgd"), "unknown --method 'sgd': choose from feddlp"),
         (("--trace",), "--trace does not go with a sweep"),
         (("--pretrained", "none", "--seed", 0, "--seed", 1), "--pretrained none draws the weights from --seed"),

@@ -1,6 +1,6 @@
-"""What a client may train: adapters on a tower's linears, a head on the encoder's output, the encoder itself.
+"""Branches, what a client trains: LoRA on a tower's linears, a head on the encoder's output, or the encoder itself.
 
-Where a CLIP tower carries adapters, and how large they are. Needs no weights and no torch.
+Also the linears of a CLIP tower that carry adapters (sites) and their sizes. Needs neither weights nor torch.
 
 Adapted linears (paper section IV; spec of FEDDLP's code): q, k and v, each with an adapter of its own
 although the model packs them into one weight; the attention's output projection; fc1 and fc2; in every
@@ -40,7 +40,7 @@ class Site:
 class Branch:
     """A LoRA on every site that a client holds: `local` or `global`. scale = lora_alpha / rank.
 
-    copy_of: the branch that this one is a frozen copy of, taken anew when a round begins; a copy is never trained,
+    copy_of: the branch that this one is a frozen copy of, refreshed at the start of a round; a copy is never trained,
     exchanged or saved.
     """
 
@@ -57,7 +57,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Whole tensors that a client trains in place of LoRA.
+    """Whole tensors that a client trains instead of LoRA.
 
     modules: "attention" and "classifier" are heads on the encoder's output (`fastdlp.adapters.heads`); "encoder" is
     every weight of the encoder itself.

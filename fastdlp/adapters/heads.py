@@ -1,7 +1,7 @@
-"""Small trained modules on the encoder's output f [.., d] (joint space, before the L2 norm), one per slot.
+"""Trained modules on the encoder's output f [.., d] (joint space, before the L2 norm), one per slot.
 
-attention   FedCLIP's adapter: f ⊙ softmax(fc2(tanh(fc1(f)))), both linears d × d, identity at the start.
-classifier  FLoRA's FedLC and FedVM-LC: logits = f Wᵀ + b in place of similarities with prompts.
+attention   FedCLIP's adapter: f ⊙ softmax(fc2(tanh(fc1(f)))), both linears d × d, initialized to the identity.
+classifier  FLoRA's FedLC and FedVM-LC: logits = f Wᵀ + b instead of similarities with prompts.
 
 Tensors: fc1/weight [d, d], fc1/bias [d], fc2/weight [d, d], fc2/bias [d]; classifier/weight [K, d] and /bias [K].
 """
@@ -30,8 +30,8 @@ def head_shapes(head: str, embed: int, classes: int) -> dict[str, tuple[int, ...
     return {"classifier/weight": (classes, embed), "classifier/bias": (classes,)}
 
 
-def head_start(head: str, embed: int, classes: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """An attention starts as two identities, a classifier as torch's linear does: uniform in ±1/sqrt(d)."""
+def init_head(head: str, embed: int, classes: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Initial tensors: identities for attention; as torch's Linear, uniform in ±1/sqrt(d), for a classifier."""
     if head == "attention":
         eye, zero = torch.eye(embed), torch.zeros(embed)
         return {"fc1/weight": eye, "fc1/bias": zero, "fc2/weight": eye.clone(), "fc2/bias": zero.clone()}
@@ -43,13 +43,13 @@ def head_start(head: str, embed: int, classes: int, rng: np.random.Generator) ->
 
 
 def attend(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """[n, S, d] → [n, S, d]: every feature weighed entry by entry, with each slot's own attention."""
+    """[n, S, d] → [n, S, d]: features weighted elementwise by each slot's attention."""
     inner = _linear(features, tensors["fc1/weight"], tensors["fc1/bias"]).tanh()
     return features * _linear(inner, tensors["fc2/weight"], tensors["fc2/bias"]).softmax(dim=-1)
 
 
 def classify(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """[n, S, d] → logits [n, S, K] of each slot's own classifier."""
+    """[n, S, d] → logits [n, S, K] of each slot's classifier."""
     return _linear(features, tensors["classifier/weight"], tensors["classifier/bias"])
 
 

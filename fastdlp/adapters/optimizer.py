@@ -1,7 +1,7 @@
 """The optimizer of the bank: AdamW or Adam on one branch of the active slots, every slot with its own learning rate.
 
 One call clips the gradient of A and B by the slot's own total norm (gates are never clipped), steps A, B and gate, and
-puts the gate through its threshold. The arithmetic, in two forms, is `kernels/adamw.py`.
+applies the threshold to the gate. The arithmetic is `kernels/adamw.py`, and as Triton kernels `adamw_triton.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from fastdlp.adapters.bank import BranchState
 from fastdlp.kernels.adamw import Settings, Stack, adamw_reference, clip_rows
 
-WHOLE = 1 << 22  # entries of a row that are stepped at once: a whole encoder's temporaries would double what it takes
+MAX_ENTRIES = 1 << 22  # of a row, stepped at once; temporaries of a whole encoder would double its memory
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Per-slot vectors [slots], fp32, and what all slots share. Several federations may differ in the vectors."""
+    """Per-slot vectors [slots] fp32, which may differ between federations, and values that all slots share."""
 
     lr: Tensor
     gate_lr: Tensor
@@ -30,7 +30,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    optimizer: str = "adamw"  # "adam": weight decay is added to the gradient, in place of shrinking the weight
+    optimizer: str = "adamw"  # "adam": weight decay is added to the gradient (coupled)
 
 
 def update(
@@ -54,17 +54,17 @@ def update(
     settings = Settings(hyper.clip_norm, hyper.threshold, hyper.weight_decay, hyper.betas, hyper.eps)
     adamw = adamw_reference if backend == "torch" else _fused()
     coupled = hyper.optimizer == "adam" and hyper.weight_decay > 0
-    large = grads[0].shape[1] > WHOLE and backend == "torch"  # the fused form makes no temporaries
+    large = grads[0].shape[1] > MAX_ENTRIES and backend == "torch"  # the fused kernels need no temporaries
     if not (coupled or large):
         adamw(weights, gates, slots, state.steps, hyper.xi, settings)
         return
-    # Clipped before the decay is added, as torch's users clip; then column by column.
+    # Clipped before the decay is added, as in torch; then in blocks of columns.
     if settings.clip_norm:
         weights = replace(weights, grads=clip_rows(weights.grads, settings.clip_norm, in_place=large))
         settings = replace(settings, clip_norm=0.0)
     if coupled:
         settings = replace(settings, weight_decay=0.0)
-    width = WHOLE if large else grads[0].shape[1]
+    width = MAX_ENTRIES if large else grads[0].shape[1]
     before = state.steps.clone()
     for start in range(0, grads[0].shape[1], width):
         last = start + width >= grads[0].shape[1]
@@ -75,14 +75,14 @@ def update(
 
 
 def _fused() -> Callable[..., None]:
-    """The Triton form; imported only where it is used, so that a machine without Triton works."""
+    """Imported where it is used, so that a machine without Triton works."""
     from fastdlp.kernels.adamw_triton import adamw_fused
 
     return adamw_fused
 
 
 def _columns(stack: Stack, cut: slice) -> Stack:
-    """Some columns of a stack, its learning rates whole."""
+    """Columns of a stack."""
     return Stack(stack.params[:, cut], stack.m[:, cut], stack.v[:, cut], stack.lr, stack.grads[:, cut])
 
 

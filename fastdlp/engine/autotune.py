@@ -1,8 +1,8 @@
-"""`--backend auto` on a GPU that nobody has measured: check the Triton form, time both, take the faster one.
+"""`--backend auto` on a GPU without measured tiles: verify Triton's kernels against torch, time both, use the faster.
 
-The unit of choice is what a tower runs for a number of rows. Its Triton form is first compared with the torch form,
-outputs and every gradient, over memory filled with NaN; one that is off, or does not run, is never used. Then both are
-timed as they run in training, replayed as CUDA graphs. What was found is kept in the user's cache.
+The choice is made per unit of a step and number of rows. The outputs and every gradient of the Triton implementation
+are first compared with torch's, with uninitialized memory filled with NaN; an implementation that deviates or fails is
+never used. Both are then timed as in training, replayed as CUDA graphs. The result is stored in the user's cache.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fastdlp.files import cache_root, write_atomic
 from fastdlp.selection import Choice, Selection
 
 FORMAT = "fastdlp-forms"
-FORMS = ("torch", "triton")
-BUDGET = 60.0  # seconds; a unit that was begun is finished
-REPLAYS = 20  # of a graph, of which the median counts
-# Largest difference of two entries, over the largest entry. Rounding in two forms of a block, whose sums have other
-# orders: a block of ViT-B/32 in bf16 is off its fp32 by 0.02, on a CPU; one row or rank left out, by 0.3 and more.
+BACKENDS = ("torch", "triton")
+BUDGET = 60.0  # seconds; a unit whose measurement has started is completed
+REPLAYS = 20  # of a graph; the median is used
+# Largest absolute difference over the largest absolute entry, due to different orders of summation: a block of ViT-B/32
+# in bf16 differs from fp32 by 0.02 on a CPU; an omitted row or rank, by 0.3 and more.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 Run = Callable[[str], list[Tensor]]
@@ -44,7 +44,7 @@ Run = Callable[[str], list[Tensor]]
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a step. `make` builds its operands; the result runs it in a form: outputs, and all gradients."""
+    """A part of a step. `make` builds its operands and returns a function of the backend: outputs and all gradients."""
 
     name: str
     rows: int
@@ -53,11 +53,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Meter:
-    """ms: milliseconds of a call. clock: seconds. settle: waits for the device; raises where it is lost."""
+    """ms: milliseconds of a call. clock: seconds. synchronize: waits for the device; raises after a device error."""
 
     ms: Callable[[Callable[[], object]], float]
     clock: Callable[[], float] = time.monotonic
-    settle: Callable[[], None] = lambda: None
+    synchronize: Callable[[], None] = lambda: None
 
 
 def select(
@@ -68,69 +68,70 @@ def select(
     cache: Path | None = None,
     budget: float = BUDGET,
 ) -> Selection:
-    """The faster right form of every unit; torch for what the budget does not reach.
+    """The faster correct backend of every unit; torch for units that the budget does not reach.
 
     Args:
-        units: the most important first.
-        identity: all that the answer depends on; another one's cache is not read.
+        units: in order of importance.
+        identity: everything that the result depends on; a cached result must match it.
         tolerance: see `TOLERANCE`.
         meter: see `Meter`.
-        cache: folder; `fastdlp.files.cache_root()` if None. One that cannot be written is done without.
+        cache: folder; default `fastdlp.files.cache_root()`. Failure to write it is ignored.
         budget: seconds.
 
     Raises:
-        FastdlpError: a kernel has stopped the device.
+        FastdlpError: a kernel caused a device error.
     """
-    begun = meter.clock()
-    place = (cache or cache_root()) / f"forms-{_digest(json.dumps(dict(identity), sort_keys=True).encode())}.json"
-    known = _read(place, identity)
+    start = meter.clock()
+    path = (cache or cache_root()) / f"forms-{_digest(json.dumps(dict(identity), sort_keys=True).encode())}.json"
+    known = _read(path, identity)
     before, choices, seconds = dict(known), [], 0.0
     for unit in units:
         key = unit.name, unit.rows
         if key in known:
             choices.append(known[key])
-        elif meter.clock() - begun >= budget:
+        elif meter.clock() - start >= budget:
             choices.append(Choice(*key, "torch", f"not measured within {budget:.0f} s"))
         else:
-            choice, lasting = _measure(unit, tolerance, meter)
+            choice, cacheable = _measure(unit, tolerance, meter)
             choices.append(choice)
-            known |= {key: choice} if lasting else {}
-            seconds = meter.clock() - begun
+            known |= {key: choice} if cacheable else {}
+            seconds = meter.clock() - start
     if known != before:
         kept = [[c.unit, c.rows, c.form, c.why] for c in known.values()]
         with suppress(FastdlpError):
-            write_atomic(place, json.dumps({"format": FORMAT, "identity": dict(identity), "choices": kept}, indent=1))
+            write_atomic(path, json.dumps({"format": FORMAT, "identity": dict(identity), "choices": kept}, indent=1))
     return Selection(tuple(choices), seconds)
 
 
 def _measure(unit: Unit, tolerance: float, meter: Meter) -> tuple[Choice, bool]:
-    """The choice for one unit, and whether it is worth keeping: an exception may not come again."""
-    form = "torch"
+    """The choice for one unit, and whether to cache it: an exception may not occur again."""
+    backend = "torch"
     try:
         run = unit.make()
-        right = run(form)
-        form = "triton"
+        expected = run(backend)
+        backend = "triton"
         with _nan_filled():
-            found = run(form)
-        off = max((_off(a, b) for a, b in zip(found, right, strict=True)), key=lambda x: (math.isnan(x), x))
-        if not off <= tolerance:
-            return Choice(unit.name, unit.rows, "torch", f"Triton's result is off by {off:.1g}"), True
-        del found, right
+            actual = run(backend)
+        errors = [_relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+        error = max(errors, key=lambda x: (math.isnan(x), x))
+        if not error <= tolerance:
+            return Choice(unit.name, unit.rows, "torch", f"Triton's result is off by {error:.1g}"), True
+        del actual, expected
         ms = {}
-        for form in FORMS:
-            ms[form] = meter.ms(partial(run, form))
-    except Exception as error:  # a compiler raises what it likes
-        with _lost_device():
-            meter.settle()
-        reason = " ".join(str(error).split())[:80]
-        return Choice(unit.name, unit.rows, "torch", f"{form} failed: {type(error).__name__}: {reason}"), False
-    best = min(FORMS, key=ms.__getitem__)
-    other = ms[FORMS[best == FORMS[0]]]
+        for backend in BACKENDS:
+            ms[backend] = meter.ms(partial(run, backend))
+    except Exception as exception:  # compilers raise various exceptions
+        with _device_error():
+            meter.synchronize()
+        reason = " ".join(str(exception).split())[:80]
+        return Choice(unit.name, unit.rows, "torch", f"{backend} failed: {type(exception).__name__}: {reason}"), False
+    best = min(BACKENDS, key=ms.__getitem__)
+    other = ms[BACKENDS[best == BACKENDS[0]]]
     return Choice(unit.name, unit.rows, best, f"{ms[best]:.3g} ms against {other:.3g}"), True
 
 
 @contextmanager
-def _lost_device() -> Iterator[None]:
+def _device_error() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -138,17 +139,17 @@ def _lost_device() -> Iterator[None]:
         raise FastdlpError(f"a Triton kernel has stopped the GPU ({reason}): use --backend torch") from error
 
 
-def _off(value: Tensor, right: Tensor) -> float:
-    """max |value − right| / max |right|."""
-    if not right.numel():
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual − expected| / max |expected|."""
+    if not expected.numel():
         return 0.0
-    off, size = (value.float() - right.float()).abs().max().item(), right.abs().max().item()
-    return off / size if size else (off and math.inf)
+    error, size = (actual.float() - expected.float()).abs().max().item(), expected.abs().max().item()
+    return error / size if size else (error and math.inf)
 
 
 @contextmanager
 def _nan_filled() -> Iterator[None]:
-    """What is allocated inside holds NaN, so that what a kernel leaves out shows."""
+    """Fill newly allocated memory with NaN, so that elements a kernel does not write are detected."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
@@ -164,7 +165,7 @@ def _nan_filled() -> Iterator[None]:
 
 
 def _read(path: Path, identity: Mapping[str, str]) -> dict[tuple[str, int], Choice]:
-    """What was measured before with the same identity; nothing of a file that is not whole."""
+    """Cached choices of the same identity; none from an invalid file."""
     try:
         content = json.loads(path.read_bytes())
         if (content["format"], content["identity"]) != (FORMAT, dict(identity)):
@@ -172,11 +173,11 @@ def _read(path: Path, identity: Mapping[str, str]) -> dict[tuple[str, int], Choi
         choices = [Choice(*entry) for entry in content["choices"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    fine = all(
-        isinstance(c.unit, str) and type(c.rows) is int and c.rows > 0 and c.form in FORMS and isinstance(c.why, str)
+    valid = all(
+        isinstance(c.unit, str) and type(c.rows) is int and c.rows > 0 and c.form in BACKENDS and isinstance(c.why, str)
         for c in choices
     )
-    return {(c.unit, c.rows): c for c in choices} if fine else {}
+    return {(c.unit, c.rows): c for c in choices} if valid else {}
 
 
 def _digest(data: bytes) -> str:
@@ -184,7 +185,7 @@ def _digest(data: bytes) -> str:
 
 
 def cuda_identity(device: torch.device, dtype: torch.dtype, setting: str) -> dict[str, str]:
-    """All that a measurement on this GPU depends on; `setting` says of what."""
+    """Everything that a measurement on this GPU depends on; `setting` describes the units."""
     driver = Path("/proc/driver/nvidia/version")
     sources = sorted((f for f in files("fastdlp.kernels").iterdir() if f.is_file()), key=lambda f: f.name)
     return {
@@ -200,7 +201,7 @@ def cuda_identity(device: torch.device, dtype: torch.dtype, setting: str) -> dic
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The one of TOLERANCE that is in force: with TF32, fp32 is no more exact than fp16."""
+    """TOLERANCE of a dtype; with TF32, fp32 products are as accurate as fp16."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return TOLERANCE[torch.float16 if tf32 else dtype]
 
@@ -213,12 +214,12 @@ def cuda_meter(device: torch.device) -> Meter:
         recorder.run(call)
         replay = recorder.record(call)
         replay()
-        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-        for first, last in marks:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+        for first, last in events:
             first.record()
             replay()
             last.record()
         torch.cuda.synchronize(device)
-        return statistics.median(first.elapsed_time(last) for first, last in marks)
+        return statistics.median(first.elapsed_time(last) for first, last in events)
 
-    return Meter(milliseconds, settle=partial(torch.cuda.synchronize, device))
+    return Meter(milliseconds, synchronize=partial(torch.cuda.synchronize, device))

@@ -1,6 +1,6 @@
-"""What `--backend auto` measures of a run: the units of its tower and its optimizer, on its own widths and rows.
+"""The units that `--backend auto` measures: parts of the run's tower and its optimizer, at the run's own shapes.
 
-A half of a block runs as one block whose other half takes the torch form, through `Tower.features`; so what is compared
+Half a block is measured as one block whose other half uses torch, through `Tower.features`, so that the code compared
 and timed is the code that trains.
 """
 
@@ -24,12 +24,12 @@ from fastdlp.kernels.groups import RowGroups
 from fastdlp.methods.base import Method
 from fastdlp.selection import Choice, Selection
 
-MOST = 3  # numbers of rows that a unit is measured with
+MAX_SIZES = 3  # numbers of rows that a unit is measured for
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward of a step: clients with `rows` rows each in every view, and its backward where there is one."""
+    """A forward of a step with `rows` rows per client and view, and its backward if `grad`."""
 
     clients: int
     rows: int
@@ -43,8 +43,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Load:
-    """How wide a run's steps are: clients, rows of one in a training step and in a scoring pass, rows a view that go
-    through at once, and whether steps are padded."""
+    """Sizes of a run's steps: clients, rows per client in a training step and in a scoring pass, rows per view that go
+    through the tower at once, and whether steps are padded."""
 
     clients: int
     rows: int
@@ -52,43 +52,43 @@ class Load:
     micro_batch: int
     padded: bool
 
-    def together(self, rows: int) -> int:
-        """Clients that go through at once."""
+    def clients_at_once(self, rows: int) -> int:
+        """Clients per step."""
         return max(1, min(self.clients, self.micro_batch // max(rows, 1)))
 
 
 def passes(method: Method, load: Load) -> list[list[Pass]]:
-    """The forwards of a full training step, a scoring pass and a step of one client; those of as many rows together."""
-    spy = _Spy()
-    method.step(spy)  # type: ignore[arg-type]
-    wide = load.together(load.rows)
+    """The forwards of a full training step, a scoring pass and a step of one client, grouped by number of rows."""
+    recorder = _ViewRecorder()
+    method.step(recorder)  # type: ignore[arg-type]
+    wide = load.clients_at_once(load.rows)
     training = [
         Pass(clients, load.rows, views)
         for clients in (graph_width(wide) if load.padded else wide, 1)
-        for views in spy.seen
+        for views in recorder.views
     ]
-    scoring = Pass(load.together(load.scored), max(load.scored, 1), (method.scored,), grad=False)
+    scoring = Pass(load.clients_at_once(load.scored), max(load.scored, 1), (method.scored,), grad=False)
     found: dict[int, list[Pass]] = {}
     for one in sorted([*training, scoring], key=lambda p: (p.clients == 1, not p.grad)):
         others = found.setdefault(one.all_rows, [])
         if one not in others and (one.grad or not others):
             others.append(one)
-    return list(found.values())[:MOST]
+    return list(found.values())[:MAX_SIZES]
 
 
-class _Spy:
-    """Stands in for a `Step`, to see which views a method runs; its losses are zeros."""
+class _ViewRecorder:
+    """A `Step` that records which views a method runs; its losses are zeros."""
 
     alpha = 0.0
 
     def __init__(self) -> None:
-        self.seen: list[tuple[View, ...]] = []
+        self.views: list[tuple[View, ...]] = []
 
-    def forward(self, *views: View, grad: bool = True) -> list[_Spy]:
-        self.seen += [views] if grad and views not in self.seen else []
+    def forward(self, *views: View, grad: bool = True) -> list[_ViewRecorder]:
+        self.views += [views] if grad and views not in self.views else []
         return [self] * len(views)
 
-    def detach(self) -> _Spy:
+    def detach(self) -> _ViewRecorder:
         return self
 
     def task(self, *outputs: Any) -> float:
@@ -101,28 +101,28 @@ class _Spy:
 
 
 def tower_units(tower: Tower, method: Method, tokens: int, load: Load) -> list[Unit]:
-    """The units of `Tower.features`: with full steps first, and the large ones before the small ones."""
+    """The units of `Tower.features`: those of full steps first, large ones before small ones."""
     dense = replace(tower, blocks=tower.blocks[:1], pool="avg", norm_after_pool=True, pooled_only=False)
     pieces = {"attention": (dense, tokens), "mlp": (dense, tokens)}
     if tower.pooled_only and tower.pool != "avg":
         pieces["last"] = (replace(tower, blocks=tower.blocks[-1:]), tokens)
     pieces["projection"] = (replace(tower, blocks=()), 1)
     return [
-        Unit(name, together[0].all_rows, partial(_tower_run, name, piece, tower.shape, length, together, method))
-        for together in passes(method, load)
+        Unit(name, same_rows[0].all_rows, partial(_tower_run, name, piece, tower.shape, length, same_rows, method))
+        for same_rows in passes(method, load)
         for name, (piece, length) in pieces.items()
     ]
 
 
 def _tower_run(
-    name: str, tower: Tower, shape: TowerShape, tokens: int, together: Sequence[Pass], method: Method
+    name: str, tower: Tower, shape: TowerShape, tokens: int, same_rows: Sequence[Pass], method: Method
 ) -> Run:
-    runs = [_pass_run(name, tower, shape, tokens, one, method) for one in together]
-    return lambda form: [tensor for run in runs for tensor in run(form)]
+    runs = [_pass_run(name, tower, shape, tokens, one, method) for one in same_rows]
+    return lambda backend: [tensor for run in runs for tensor in run(backend)]
 
 
 def _pass_run(name: str, tower: Tower, shape: TowerShape, tokens: int, one: Pass, method: Method) -> Run:
-    """One pass over random rows, with random adapters as large as what is frozen, so that an error in them shows."""
+    """One pass over random rows, with adapters of the magnitude of the frozen weights, so that their errors show."""
     weight = tower.proj.weight
     device, generator = weight.device, torch.Generator(weight.device).manual_seed(0)
     sites = tower_sites(replace(shape, layers=len(tower.blocks)))
@@ -133,26 +133,26 @@ def _pass_run(name: str, tower: Tower, shape: TowerShape, tokens: int, one: Pass
     index = torch.full((one.all_rows,), tokens - 1, device=device) if tower.pool == "index" else None
     groups, slots = RowGroups((one.rows,) * one.clients, len(one.views)), torch.arange(one.clients, device=device)
 
-    def run(form: str) -> list[Tensor]:
+    def run(backend: str) -> list[Tensor]:
         with torch.set_grad_enabled(one.grad):
             adapters = bank.adapters(slots, one.views, one.grad)
-            chosen = replace(tower, backend=Selection((Choice(name, 1, form),)))
+            chosen = replace(tower, backend=Selection((Choice(name, 1, backend),)))
             y = chosen.unit_features(x, groups, adapters, index)
         if not one.grad:
             return [y]
         leaves = [leaf for pair in adapters.leaves.values() for leaf in pair if leaf.numel()]
         dx, *rest = torch.autograd.grad(y, [x, *leaves], dy)
-        found, grads = [y.detach(), dx], iter(rest)
-        for branch, (_, gates) in adapters.leaves.items():  # by name: a small one may not hide behind a large one
+        outputs, grads = [y.detach(), dx], iter(rest)
+        for branch, (_, gates) in adapters.leaves.items():  # per tensor, so that a large one does not mask a small one
             named = bank.layouts[branch].named(next(grads), next(grads) if gates.numel() else None)
-            found += named.values()
-        return found
+            outputs += named.values()
+        return outputs
 
     return run
 
 
 def optimizer_unit(bank: AdapterBank, hyper: Hyperparameters, clients: int) -> Unit:
-    """One update of all trained branches of this many of the bank's slots."""
+    """One update of all trained branches of `clients` slots."""
 
     def make() -> Run:
         generator = torch.Generator(bank.device).manual_seed(0)
@@ -165,12 +165,12 @@ def optimizer_unit(bank: AdapterBank, hyper: Hyperparameters, clients: int) -> U
             for name, state in own.state.items()
         }
 
-        def run(form: str) -> list[Tensor]:
+        def run(backend: str) -> list[Tensor]:
             found: list[Tensor] = []
             for name, state in own.state.items():
                 copy = BranchState(*(getattr(state, part).clone() for part in BranchState.FIELDS))
                 weights, gates = grads[name]
-                update(copy, slots, (weights.clone(), gates.clone()), replace(hyper, **vectors), form)
+                update(copy, slots, (weights.clone(), gates.clone()), replace(hyper, **vectors), backend)
                 found += [getattr(copy, part) for part in BranchState.FIELDS]
             return found
 
@@ -189,9 +189,9 @@ def _random_bank(bank: AdapterBank, generator: torch.Generator) -> AdapterBank:
 def measured(
     tower: Tower, tokens: int, method: Method, bank: AdapterBank, hyper: Hyperparameters, load: Load
 ) -> Selection:
-    """The forms for a run on this GPU, measured now or kept from before. Raises FastdlpError as `select` does."""
+    """The backends for a run on this GPU, measured or cached. Raises FastdlpError as `select` does."""
     dtype = tower.proj.weight.dtype
-    units = [optimizer_unit(bank, hyper, load.together(load.rows)), *tower_units(tower, method, tokens, load)]
+    units = [optimizer_unit(bank, hyper, load.clients_at_once(load.rows)), *tower_units(tower, method, tokens, load)]
     about = tower.heads, tower.activation, tower.causal, tower.pool, tower.norm_after_pool, tower.blocks[0].ls1 is None
     update_ = hyper.clip_norm, hyper.threshold, hyper.weight_decay, hyper.optimizer
     setting = f"{tower.shape} {about} {tokens} tokens, {method.branches()}, {passes(method, load)}, {update_}"

@@ -1,9 +1,9 @@
-"""A step as a CUDA graph: recorded once for each shape, then one launch in place of thousands.
+"""Steps as CUDA graphs: captured once per shape, then replayed with one launch.
 
-A graph repeats what was launched while it was recorded, on the same memory: a step may take nothing from the host but
-its inputs, which are copied to where the graph reads them, and may not wait for the device.
+A graph repeats the captured launches on the same memory. A step may therefore read nothing from the host but its
+inputs, which are copied to the graph's buffers, and may not synchronize with the device.
 
-No graph is trusted unseen: its first replay is compared with the eager step from the same state.
+The first replay of every graph is compared with the eager step from the same state.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from fastdlp.errors import FastdlpError
 StepFn = Callable[[Tensor, Shape, Tensor | None], Tensor]
 T = TypeVar("T")
 
-# Of the losses' norm, and of the norm of what the step changes. A replay launches the same kernels on the same numbers,
-# so as a rule it has the same bits; a library may add in another order while it is recorded. That is rounding, 2⁻⁸ in
-# bf16, which AdamW enlarges where a gradient is nearly zero: 0.02 of an update's norm (tests/test_backends.py). A graph
-# that reads other inputs, or leaves a tensor out, is off by about 1.
+# Relative to the norm of the losses, and of the change of each tensor. A replay launches the same kernels on the same
+# operands and is normally bit-identical, but a library may sum in another order during capture. The rounding, 2⁻⁸ in
+# bf16, is amplified by AdamW where a gradient is nearly zero: 0.02 of an update's norm (tests/test_backends.py). A
+# graph that reads other inputs or omits a tensor deviates by about 1.
 TOLERANCE = 0.05
 
 
 class Recorder(Protocol):
-    """Runs a call eagerly or records it."""
+    """Runs a function eagerly or captures it."""
 
     def run(self, call: Callable[[], T]) -> T:
-        """The call as it is, where it would be recorded."""
+        """Run the function eagerly on the capture stream."""
 
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
-        """What repeats the call; it returns the same memory every time. Raises RuntimeError where that cannot be."""
+        """Capture the function; the result replays it and returns the same memory each time. Raises RuntimeError."""
 
 
 class CudaRecorder:
-    """Records on a stream of its own. All graphs draw on one pool of memory, since they never run at the same time."""
+    """Captures on its own stream. All graphs share a memory pool, since they never run concurrently."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -57,11 +57,11 @@ class CudaRecorder:
     def record(self, call: Callable[[], T]) -> Callable[[], T]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # A thread that stages the next batch pins memory meanwhile, which the default mode forbids all threads.
+            # The prefetching thread pins memory meanwhile, which the default mode forbids in all threads.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = call()
         finally:
-            torch.cuda.set_stream(current)  # torch leaves the recording stream in place where a recording fails
+            torch.cuda.set_stream(current)  # torch does not restore the stream if a capture fails
 
         def replay() -> T:
             graph.replay()
@@ -71,35 +71,35 @@ class CudaRecorder:
 
 
 @dataclass
-class _Held:
-    """Where a shape's steps find their inputs, and its graph once there is one."""
+class _Captured:
+    """The input buffers of a shape's steps, and its graph once it is captured."""
 
     buffer: Tensor
     staged: Tensor | None
     replay: Callable[[], Tensor] | None = None
 
-    def take(self, buffer: Tensor, staged: Tensor | None) -> None:
+    def copy_inputs(self, buffer: Tensor, staged: Tensor | None) -> None:
         self.buffer.copy_(buffer)
         if self.staged is not None and staged is not None:
             self.staged.copy_(staged)
 
 
 class GraphedSteps:
-    """Runs a step through graphs, one for each shape.
+    """Runs steps through graphs, one per shape.
 
-    The first step of a shape runs as it is: it compiles kernels, fills caches and takes the memory of libraries, none
-    of which may happen while recording. The second one runs as it is too, is recorded, and is run again from the same
-    state as the graph's first replay. Where the two differ by more than TOLERANCE, or recording fails, this step's
-    result is the eager one, and so is every later step.
+    The first step of a shape runs eagerly: it compiles kernels, fills caches and allocates library workspaces, none of
+    which may happen during capture. The second also runs eagerly, is captured, and is repeated from the same state by
+    the graph's first replay. If the two differ by more than TOLERANCE, or the capture fails, the eager result of this
+    step is used and all later steps run eagerly.
 
-    Of several processes each decides for its own GPU; the decision need not be the same, since steps are cut, padded
-    and computed alike, and no step waits for another process.
+    With several processes each decides for its own GPU; the decisions may differ, since steps have the same batches and
+    padding either way and no step waits for another process.
 
     Args:
-        step: what is run.
+        step: the step function.
         recorder: see `Recorder`.
-        state: the tensors [slots, …] that a step changes, in the rows of its slots.
-        notice: told in a line why graphs are off; None: that is an error, because they were asked for.
+        state: the tensors [slots, …] that a step modifies, in the rows of its slots.
+        notice: called with the reason if graphs are disabled; None: raise an error instead (`--cuda-graph`).
     """
 
     def __init__(
@@ -110,27 +110,27 @@ class GraphedSteps:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.step, self.recorder, self.state, self.notice = step, recorder, state, notice
-        self.held: dict[Shape, _Held] = {}
+        self.captured: dict[Shape, _Captured] = {}
         self.off = False
 
     def __call__(self, buffer: Tensor, shape: Shape, staged: Tensor | None) -> Tensor:
-        """The losses of a step, in memory of their own.
+        """The losses of a step, in newly allocated memory.
 
         Raises:
-            FastdlpError: graphs were asked for, and the step cannot be recorded or is not repeated right.
+            FastdlpError: `notice` is None and the step cannot be captured or its replay deviates.
         """
         if self.off:
             return self.step(buffer, shape, staged)
-        if shape not in self.held:
-            self.held[shape] = _Held(buffer.clone(), None if staged is None else staged.clone())
+        if shape not in self.captured:
+            self.captured[shape] = _Captured(buffer.clone(), None if staged is None else staged.clone())
             return self.recorder.run(lambda: self.step(buffer, shape, staged))
-        held = self.held[shape]
-        held.take(buffer, staged)
-        return self._first_replay(held, shape) if held.replay is None else held.replay().clone()
+        captured = self.captured[shape]
+        captured.copy_inputs(buffer, staged)
+        return self._first_replay(captured, shape) if captured.replay is None else captured.replay().clone()
 
-    def _first_replay(self, held: _Held, shape: Shape) -> Tensor:
-        """The losses of a step that is run, recorded, and run again from where it began."""
-        slots, tensors = Inputs.unpack(held.buffer, shape).slots, self.state()
+    def _first_replay(self, captured: _Captured, shape: Shape) -> Tensor:
+        """Run a step eagerly, capture it, and verify the replay from the same state; its losses."""
+        slots, tensors = Inputs.unpack(captured.buffer, shape).slots, self.state()
 
         def rows() -> list[Tensor]:
             return [tensor.index_select(0, slots) for tensor in tensors]
@@ -140,7 +140,7 @@ class GraphedSteps:
                 tensor.index_copy_(0, slots, own)
 
         def call() -> Tensor:
-            return self.step(held.buffer, shape, held.staged)
+            return self.step(captured.buffer, shape, captured.staged)
 
         before = rows()
         losses = self.recorder.run(call)
@@ -150,35 +150,35 @@ class GraphedSteps:
             restore(before)
             replayed = replay().clone()
             pairs = [(replayed, losses, torch.zeros_like(losses)), *zip(rows(), after, before)]
-            wrong = [off for off in (_off(*pair) for pair in pairs) if not off <= TOLERANCE]
-            why = f"a replayed step is off by {wrong[0]:.1g} of what the eager one changes" if wrong else ""
-        except RuntimeError as error:  # also where memory does not hold the graph beside the eager steps
-            why = " ".join(str(error.__context__ or error).splitlines()[:1])
-        if not why:
-            held.replay = replay
+            errors = [error for error in (_relative_error(*pair) for pair in pairs) if not error <= TOLERANCE]
+            reason = f"a replayed step differs by {errors[0]:.1g} of the eager step's change" if errors else ""
+        except RuntimeError as error:  # includes out of memory
+            reason = " ".join(str(error.__context__ or error).splitlines()[:1])
+        if not reason:
+            captured.replay = replay
             return replayed
         restore(after)
-        self._give_up(why)
+        self._disable(reason)
         return losses
 
-    def _give_up(self, why: str) -> None:
+    def _disable(self, reason: str) -> None:
         if self.notice is None:
-            raise FastdlpError(f"a step cannot be a CUDA graph ({why}): leave out --cuda-graph")
+            raise FastdlpError(f"a step cannot be captured as a CUDA graph ({reason}): leave out --cuda-graph")
         self.off = True
-        self.held.clear()  # and with the graphs their memory
-        self.notice(f"without CUDA graphs: {why}")
+        self.captured.clear()  # frees the graphs' memory
+        self.notice(f"without CUDA graphs: {reason}")
 
 
-def _off(value: Tensor, right: Tensor, start: Tensor) -> float:
-    """‖value − right‖ / ‖right − start‖: the error as a share of the change; no number where one is not finite."""
-    error, change = ((a - b).float().norm().item() for a, b in ((value, right), (right, start)))
+def _relative_error(actual: Tensor, expected: Tensor, start: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected − start‖; nan where one is not finite."""
+    error, change = ((a - b).float().norm().item() for a, b in ((actual, expected), (expected, start)))
     return error / change if change else (error and float("inf"))
 
 
 def cuda_graphs(
     device: torch.device, state: Callable[[], Sequence[Tensor]], notice: Callable[[str], None] | None = None
 ) -> Callable[[StepFn], StepFn]:
-    """What an engine takes as its `runner`: its steps as graphs on a CUDA device; see `GraphedSteps`."""
+    """A `runner` for `Engine` that runs its steps as graphs on a CUDA device; see `GraphedSteps`."""
 
     def runner(step: StepFn) -> Any:
         return GraphedSteps(step, CudaRecorder(device), state, notice)

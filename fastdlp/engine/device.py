@@ -1,4 +1,4 @@
-"""Which device, dtype and form of the kernels a run uses, and how much memory the device has."""
+"""Device, dtype and backend of a run, and the memory of the device."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.device:
-    """The device that `--device` names; auto takes CUDA where there is one, each of several processes its own GPU.
+    """The device that `--device` names; auto uses CUDA if available. Each of several processes gets its own GPU.
 
     Raises:
-        FastdlpError: CUDA asked for where none is, or by more processes than there are GPUs.
+        FastdlpError: CUDA is not available, or there are more processes than GPUs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def pick_device(name: str, group: ProcessGroup = SINGLE_PROCESS) -> torch.device
 
 
 def _own_gpu(name: str, local_rank: int) -> torch.device:
-    """The GPU of one of several processes; it becomes torch's current one, on which Triton and NCCL work."""
+    """The GPU of one of several processes; becomes torch's current device, which Triton and NCCL use."""
     if name != "cuda":
         raise FastdlpError(f"--device {name} names one GPU for several processes: use --device cuda, one GPU for each")
     if local_rank >= torch.cuda.device_count():
@@ -51,11 +51,10 @@ def _own_gpu(name: str, local_rank: int) -> torch.device:
 
 
 def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int = 0) -> Any:
-    """The form of the kernels that `--backend` names, "triton" or "torch", or a selection that a run has recorded;
-    `ranks` of the widest linear.
+    """The backend that `--backend` names, "triton" or "torch", or a recorded selection; `ranks` of the widest linear.
 
     Raises:
-        FastdlpError: Triton asked for where it cannot run.
+        FastdlpError: "triton" where Triton cannot run.
     """
     asked = read_backend(name)
     try:
@@ -66,7 +65,7 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int
 
 
 def must_measure(name: str, device: torch.device, dtype: torch.dtype, ranks: int) -> bool:
-    """Whether `--backend auto` has both forms to choose from, and no measured table that has chosen for it."""
+    """Whether `--backend auto` has to measure: Triton can run, and tiles.json has no measured tiles for the device."""
     if name != "auto" or device.type != "cuda" or choose_backend(name, device, dtype, ranks) == "triton":
         return False
     try:
@@ -76,14 +75,14 @@ def must_measure(name: str, device: torch.device, dtype: torch.dtype, ranks: int
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of the device's memory, whole."""
+    """Total bytes of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of the device's memory that this process can still have; all of it where the system does not say."""
+    """Free bytes of the device's memory for this process; the total where the system does not report it."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held

@@ -1,7 +1,4 @@
-"""The classification task of methods whose encoders are both frozen: heads on features that are computed once.
-
-A step is then a few products of features, whatever the model.
-"""
+"""The classification task of methods with frozen encoders: heads on features that are computed once."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ class FrozenTask:
     """Heads on the image features, or on the class prompts' features.
 
     Args:
-        encoder: "image" or "text": whose features pass through the heads.
+        encoder: "image" or "text": the features that the heads transform.
         images: image features [samples, d] of the frozen encoder, not normalized, fp32.
         text: class features [K, d] of the training and of the scoring prompts, not normalized, fp32.
         scale: exp(logit_scale).
@@ -54,7 +51,7 @@ class FrozenTask:
 
 
 def apply_heads(features: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Features [n, S, d] behind an attention, and the logits [n, S, K] of a classifier, where there are such."""
+    """Features [n, S, d] after the attention head, if any, and logits [n, S, K] of the classifier, if any."""
     if "fc1/weight" in tensors:
         features = attend(features, tensors)
     return features, classify(features, tensors) if "classifier/weight" in tensors else None

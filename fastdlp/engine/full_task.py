@@ -1,6 +1,6 @@
-"""The classification task of full fine-tuning: one client's own encoder weights, through open_clip's own modules.
+"""The classification task of full fine-tuning: a client's encoder weights in open_clip's modules.
 
-The engine streams clients through this task one at a time: a batch belongs to one slot.
+A batch belongs to one slot (`fastdlp.engine.sequential`).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class FullTask:
     """Every weight of one encoder or of both, and a classifier where there is one.
 
     Args:
-        net: a CLIP with `encode_image` and `encode_text`, on the device, fp32. Only what is frozen is read from it.
+        net: a CLIP with `encode_image` and `encode_text`, on the device, fp32; provides the frozen parameters.
         names: of the trained parameters of `net`.
         encoder: "image", "text" or "both".
         pixels: by sample number.
         prompts: token ids [K, context] of the training and of the scoring prompts.
-        images: normalized image features [samples, d] of the frozen encoder; where images are encoded, for the frozen
-            model's accuracy alone.
+        images: normalized image features [samples, d] of the frozen encoder; where images are encoded, used
+            for the frozen model only.
         text: normalized class features [K, d] of the training and of the scoring prompts; likewise.
         scale: exp(logit_scale).
-        dtype: of weights and activations; the trained weights themselves are fp32.
+        dtype: of weights and activations in the forward; the trained weights are fp32.
     """
 
     scoring_batch = 64
@@ -55,7 +55,10 @@ class FullTask:
         self.encode, self.names, self.encoder = _Encode(net), names, encoder
         self.pixels, self.prompts, self.images, self.text = pixels, prompts, images, text
         self.scale, self.dtype = scale, dtype
-        self._scored: tuple[Any, Tensor | None] = (None, None)  # class features, and the weights that gave them
+        self._scored: tuple[Any, Tensor | None] = (
+            None,
+            None,
+        )  # weights' version; class features
 
     def rows(self, samples: int) -> int:
         return samples
@@ -89,11 +92,11 @@ class FullTask:
         return Outputs(image, text, samples.labels, samples.mask, self.scale, classified)
 
     def _classes(self, weights: Mapping[str, Tensor], scoring: bool, version: tuple[int, int]) -> Tensor:
-        """Normalized class features [1, K, d]; while scoring once for all clients, who hold the same weights."""
+        """Normalized class features [1, K, d]; cached while scoring, where all clients hold the same weights."""
         if torch.is_grad_enabled():
             return F.normalize(self._encoded("text", self.prompts[scoring], weights), dim=-1)[None]
-        held, features = self._scored
-        if features is None or held != (scoring, version):
+        cached, features = self._scored
+        if features is None or cached != (scoring, version):
             features = F.normalize(self._encoded("text", self.prompts[scoring], weights), dim=-1)[None]
             self._scored = (scoring, version), features
         return features
@@ -103,7 +106,7 @@ class FullTask:
 
 
 class _Encode(nn.Module):
-    """The two encoders behind one forward, since `functional_call` calls nothing else."""
+    """Both encoders as one `forward`, which `functional_call` requires."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -114,7 +117,7 @@ class _Encode(nn.Module):
 
 
 def trains(name: str, encoder: str) -> bool:
-    """Whether full fine-tuning trains this parameter: the image tower's, all others but the logit scale, or both."""
+    """Whether full fine-tuning of `encoder` trains a parameter; the logit scale is always frozen."""
     if name == "logit_scale":
         return False
     return encoder == "both" or name.startswith("visual.") == (encoder == "image")

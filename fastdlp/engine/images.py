@@ -1,4 +1,4 @@
-"""Where a step's images come from: stem tokens or pixels that stay on the device, or pixels that follow it there."""
+"""The images of a step: stem tokens or pixels resident on the device, or pixels copied there per batch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from fastdlp.clip.stem import ImageStem
 
-FROZEN_BATCH = 64  # images a pass through the frozen stem or tower
+FROZEN_BATCH = 64  # images per pass through the frozen stem or tower
 
 
 class PixelSource(Protocol):
-    """Pixels of samples, from wherever they lie."""
+    """Pixels by sample number."""
 
     def __len__(self) -> int: ...
 
     def __call__(self, samples: np.ndarray) -> Tensor:
-        """[n] sample numbers → [n, 3, S, S] on the CPU, as they are held: uint8, or fp32 where they are normalized."""
+        """[n] sample numbers → [n, 3, S, S] on the CPU: uint8, or fp32 if stored normalized."""
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """What the model takes, fp32, on the device of `pixels`."""
+        """The model's input, fp32, on the device of `pixels`."""
 
 
 def stage(pixels: PixelSource, device: torch.device, samples: np.ndarray) -> Tensor:
-    """Pixels of samples on their way to the device; the host does not wait for them to arrive."""
+    """Copy the pixels of samples to the device, asynchronously."""
     held = pixels(samples)
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
@@ -36,8 +36,8 @@ def stage(pixels: PixelSource, device: torch.device, samples: np.ndarray) -> Ten
 class TokenSource:
     """The stem's tokens of samples.
 
-    They stay on the device where `bound` bytes hold them: the stem then runs once for every image. Otherwise its pixels
-    stay there, if `bound` holds those; otherwise they follow every batch to the device (`stage`).
+    Tokens are resident on the device if they fit `bound` bytes; the stem then runs once per image. Otherwise pixels
+    are, if they fit; otherwise the pixels of every batch are copied (`stage`).
 
     Args:
         stem: frozen image stem, on the device, fp32.
@@ -66,11 +66,11 @@ class TokenSource:
 
     @property
     def stage(self) -> Callable[[np.ndarray], Tensor] | None:
-        """Brings the pixels of a batch to the device, where they are not there already."""
+        """Copies the pixels of a batch to the device; None if tokens or pixels are resident."""
         return partial(stage, self.pixels, self.device) if self.tokens is None and self.resident is None else None
 
     def __call__(self, ids: Tensor, staged: Tensor | None) -> Tensor:
-        """[m] sample numbers on the device, and what `stage` gave for them → [m, T, width]."""
+        """[m] sample numbers on the device and their staged pixels, if any → [m, T, width]."""
         if self.tokens is not None:
             return self.tokens.index_select(0, ids)
         if self.resident is not None:

@@ -34,7 +34,7 @@ def make_method(config: TrainConfig) -> Method:
     """The method that `config.method` names.
 
     Raises:
-        FastdlpError: unknown name (lists the known ones), or options that do not go with it.
+        FastdlpError: unknown name (lists the known ones), or options that it does not support.
     """
     return _class_of(config)(config)
 
@@ -43,7 +43,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """`config.resolved()` with the method's own defaults.
 
     Raises:
-        FastdlpError: as `make_method`, and values that cannot be.
+        FastdlpError: as `make_method`, and invalid values.
     """
     method = _class_of(config)
     resolved = config.resolved(method.defaults, method.demonstration)

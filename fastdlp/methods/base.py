@@ -1,7 +1,7 @@
-"""What the engine asks of a method. A method is what a client trains, one step, and what is exchanged.
+"""The interface of a federated method: the branches that a client trains, one step, and what is exchanged.
 
-A method never touches a kernel, a device or a round: it composes `Step.forward`, `Step.task`, `Step.distil`
-and `Step.update`. It imports nothing heavy, so its name is known before torch is.
+A method composes `Step.forward`, `Step.task`, `Step.distil` and `Step.update`; it does not depend on kernels, devices
+or rounds. Method modules do not import torch at run time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 DISTILLATION = ("kd_direction", "kd_temperature", "kd_logits")
-# Options that some methods read and others do not.
+# Options that only some methods use.
 METHOD_OPTIONS = frozenset(
     {"alpha", "teacher", "micro_batch", "rank_local", "rank_global", "lora_alpha", "init", "xi", "gate_lr", "threshold"}
     | set(DISTILLATION)
@@ -29,7 +29,7 @@ METHOD_OPTIONS = frozenset(
 
 
 class Step(Protocol):
-    """One batch of every active client, as a method sees it. Losses are vectors [n], one entry per client."""
+    """One batch of every active client. Losses are vectors [n], one entry per client."""
 
     @property
     def alpha(self) -> Tensor:
@@ -54,12 +54,11 @@ class Method(ABC):
     Class attributes:
         shared: the branches that are averaged after each round.
         scored: the view of inference.
-        encoders: what `--encoder` may be.
-        sequential: clients take turns on one row that starts from the server's each round, optimizer included; for
-            what is too large to be held once a client. All branches are shared then.
-        own_options: what it reads of METHOD_OPTIONS beside what its branches do.
-        defaults, demonstration: options that a run takes from the method unless they are given: always, and with the
-            embedded model.
+        encoders: supported values of `--encoder`.
+        sequential: clients train one after another in one copy of the weights, each from the server's weights with a
+            new optimizer; for branches too large to be held once per client. All branches must be shared.
+        own_options: the METHOD_OPTIONS it uses beside those of its branches.
+        defaults, demonstration: default options of the method; `demonstration` with the embedded model.
     """
 
     name: ClassVar[str]
@@ -72,16 +71,16 @@ class Method(ABC):
     demonstration: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: TrainConfig) -> None:
-        """Raises FastdlpError for options that this method does not go with."""
+        """Raises FastdlpError for options that this method does not support."""
         self.config = config
         if config.encoder not in self.encoders:
-            raise FastdlpError(f"--method {self.name} goes with --encoder {' or '.join(self.encoders)} only")
+            raise FastdlpError(f"--method {self.name} supports --encoder {' or '.join(self.encoders)} only")
         classifies = any("classifier" in b.modules for b in self.branches() if isinstance(b, Tensors))
         if classifies and config.task_loss == "contrastive":
-            raise FastdlpError(f"--method {self.name} has a classifier: --task-loss contrastive does not go with it")
+            raise FastdlpError(f"--method {self.name} has a classifier and does not support --task-loss contrastive")
 
     def reads(self) -> set[str]:
-        """The METHOD_OPTIONS that decide something here."""
+        """The METHOD_OPTIONS that this method uses."""
         found = set(self.own_options) | (set() if self.sequential else {"micro_batch"})
         for branch in self.branches():
             if isinstance(branch, Branch):
@@ -91,8 +90,8 @@ class Method(ABC):
 
     @abstractmethod
     def branches(self) -> tuple[AnyBranch, ...]:
-        """What every client holds."""
+        """The branches of every client."""
 
     @abstractmethod
     def step(self, step: Step) -> dict[str, Tensor]:
-        """One optimisation step of every active client; returns the losses [n] by name."""
+        """One optimization step of every active client; returns the losses [n] by name."""

@@ -1,4 +1,4 @@
-"""FedDAT: a shared adapter that learns from a teacher made of its own frozen copy and a local adapter."""
+"""FedDAT: a shared adapter distilled from a teacher of its own frozen copy and a local adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FEDDLP (arXiv 2503.07552): a private gated LoRA and a shared one that teach each other in turn."""
+"""FEDDLP (arXiv 2503.07552): a private gated LoRA and a shared LoRA, updated alternately with mutual distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Federated full fine-tuning: every weight of the encoder learns and is averaged (FLoRA's upper cost)."""
+"""Federated full fine-tuning: every weight of the encoder is trained and averaged (FLoRA's most expensive baseline)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from fastdlp.methods.single import SingleBranch
 
 
 class FedLC(SingleBranch):
-    """Frozen image encoder; a linear classifier on its output learns and is averaged."""
+    """Frozen image encoder; a trained linear classifier on its output is averaged."""
 
     name = "fedlc"
     shared = ("global",)
@@ -23,7 +23,7 @@ class FedLC(SingleBranch):
 
 
 class FedVMLC(FedLC):
-    """The vision model and a linear classifier on its output learn and are averaged."""
+    """The image encoder and a linear classifier on its output are trained and averaged."""
 
     name = "fedvmlc"
     sequential = True

@@ -1,7 +1,7 @@
-"""What a step minimises: task loss and distillation over the logits of many clients at once.
+"""Losses: task loss and distillation over the logits of many clients at once.
 
-Everything is padded to the largest batch: [n, S, ...] for n slots and S samples, with a mask. A loss is a
-vector [n], one mean per slot, so the sum over slots has each slot's own gradient and nothing of the others'.
+Tensors are padded to the largest batch: [n, S, ...] for n slots and S samples, with a mask. A loss is a vector [n], one
+mean per slot, so that the gradient of its sum with respect to a slot's parameters is that of the slot's own loss.
 
 The published descriptions of FEDDLP differ in task loss, distillation direction, temperature and the logits
 that are distilled; each is a field here (`fastdlp.config.PROTOCOLS` holds the two presets).
@@ -21,11 +21,11 @@ PADDED = -1e9
 
 @dataclass(frozen=True)
 class Outputs:
-    """One view of the active slots: normalized features on both sides, and whose sample is which.
+    """Normalized image and text features of one view of the active slots, with labels.
 
     Shapes: image [n, S, d]; text [K, d], shared by all slots, or [n, K, d]; labels [n, S] int64 (any class
     where padded); mask [n, S] bool; scale = exp(logit_scale). `classified` [n, S, K]: the logits of a classifier, which
-    then stand in place of similarities with the prompts.
+    replace similarities with the prompts.
     """
 
     image: Tensor
@@ -34,11 +34,11 @@ class Outputs:
     mask: Tensor
     scale: float
     classified: Tensor | None = None
-    constant_of: Outputs | None = None  # what these are the values of, without its graph
+    constant_of: Outputs | None = None  # the outputs that these are a detached copy of
 
     @cached_property
     def counts(self) -> Tensor:
-        """[n] int64: samples of every slot, without padding."""
+        """Samples of every slot without padding, [n] int64."""
         return self.mask.sum(1)
 
     @cached_property
@@ -58,7 +58,7 @@ class Outputs:
         return self.scale * (self.image @ captions.transpose(1, 2))
 
     def detach(self) -> Outputs:
-        """The same values as constants: a teacher."""
+        """A detached copy, for use as a teacher."""
         classified = None if self.classified is None else self.classified.detach()
         constants = {"image": self.image.detach(), "text": self.text.detach(), "classified": classified}
         return replace(self, **constants, constant_of=self)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """The switches of a protocol that concern losses; see the table in the README."""
+    """The options of a protocol that concern losses; see the table in the README."""
 
     task_loss: str = "cross-entropy"  # or "contrastive": symmetric, in the batch, targets 0..S−1
     kd_direction: str = "student-teacher"  # D_KL(student ‖ teacher), or "teacher-student"
@@ -83,7 +83,7 @@ class Objective:
         return _mean((by_image + by_text) / 2, out)
 
     def distil(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """The distillation loss of every slot, [n]. Gradients flow to whichever side is not detached."""
+        """The distillation loss of every slot, [n]. Gradients flow to the outputs that are not detached."""
         if self.kd_logits == "class":
             return _mean(self._kl(student.class_logits, teacher.class_logits), student)
         by_image, by_text = (self._kl(s, t) for s, t in zip(_axes(student), _axes(teacher)))
@@ -107,5 +107,5 @@ def _axes(out: Outputs) -> tuple[Tensor, Tensor]:
 
 
 def _mean(values: Tensor, out: Outputs) -> Tensor:
-    """Mean over the samples of a slot that are there: [n, S] → [n]. Padding is finite where the slot's own is."""
+    """Mean over the unpadded samples of a slot: [n, S] → [n]. Padding repeats a sample and so adds no nan."""
     return (values * out.mask).sum(1) / out.counts

@@ -1,4 +1,4 @@
-"""What most methods have in common: one branch that learns from the task loss alone."""
+"""Base class of methods with one branch, trained with the task loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SingleBranch(Method):
-    """The one branch that is scored is also the one that learns."""
+    """Trains the branch that is scored."""
 
     def step(self, step: Step) -> dict[str, Tensor]:
         (branch,) = self.scored

@@ -123,7 +123,7 @@ def _bank(method: Method, built: Built, configs: Sequence[TrainConfig], device: 
         name: [s for c in configs for s in init_seeds(c.seed, name in method.shared, clients)][:rows]
         for name in bank.branches
     }
-    bank.initialize(configs[0].init, seeds, built.starts)
+    bank.initialize(configs[0].init, seeds, built.inits)
     return bank
 
 

@@ -1,4 +1,4 @@
-"""What a method's branches call for: the task that runs them, their shapes and starts, and how a step is cut.
+"""Build the task of a method's branches, with their shapes, initial values and the rows of a step.
 
 LoRA in a tower: `ImageTask` or `TextTask`. Heads on frozen features: `FrozenTask`. A whole encoder: `FullTask`.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.adapters.branches import AnyBranch, Site, Tensors, tower_sites
-from fastdlp.adapters.heads import HEADS, head_shapes, head_start
+from fastdlp.adapters.heads import HEADS, head_shapes, init_head
 from fastdlp.adapters.layout import Shapes
 from fastdlp.clip.load import Clip, class_prompts
 from fastdlp.clip.stem import ImageStem, TextStem
@@ -42,37 +42,41 @@ from fastdlp.methods.base import Method
 from fastdlp.selection import read_backend
 
 PLAIN_TEMPLATE = "a photo of a {}."
-# Share of the device's memory that stem tokens or pixels may take, so that no step waits for them.
-RESIDENT_SHARE = 0.15
-# fp32 copies of all trained weights in full fine-tuning: the server's, the client's, its two moments, the sum for the
-# average, the model's own; then the gradient by tensor and as a row, or a clone and its bytes while a file is written.
+# Fraction of the device's memory for resident stem tokens or pixels.
+RESIDENT_FRACTION = 0.15
+# fp32 copies of all trained weights in full fine-tuning: the server's, the client's, its two moments, the running
+# average, the model's own; then the gradient per tensor and as a row, or a clone and its bytes while a file is written.
 # Measured with ViT-B/32: 9.1 to 9.6 in fp32 and bf16.
 FULL_COPIES = 10
 
 Stem = TypeVar("Stem", ImageStem, TextStem)
-Start = Callable[[np.random.Generator], Mapping[str, Tensor]]
+Init = Callable[[np.random.Generator], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Built:
-    """A task and what the bank and the schedule need to know of it.
+    """A task, and what the bank and the schedule derive from it.
 
-    sites: for LoRA. shapes, starts: of the branches that are no LoRA. micro_batch: rows a view that fit the memory.
-    weight_bytes: what full fine-tuning holds of weights, moments and gradients; 0 for all else. tokens: of a row that
-    goes through a tower with LoRA.
+    Attributes:
+        task: runs the model.
+        sites: adapted linears of LoRA branches.
+        shapes, inits: tensors of the other branches by name, and functions that draw them.
+        micro_batch: rows per view that fit the memory.
+        weight_bytes: weights, moments and gradients of full fine-tuning; 0 otherwise.
+        tokens: per row that goes through a tower with LoRA.
     """
 
     task: ClassificationTask
     sites: tuple[Site, ...]
     shapes: dict[str, Shapes]
-    starts: dict[str, Start]
+    inits: dict[str, Init]
     micro_batch: int
     weight_bytes: int = 0
     tokens: int = 0
 
 
 class _PixelBatches:
-    """Pixels by sample number, off the memory map."""
+    """Pixels by sample number, from the memory map."""
 
     def __init__(self, pixels: Pixels, transform: Transform) -> None:
         self.pixels, self.transform = pixels, transform
@@ -88,7 +92,7 @@ class _PixelBatches:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _FrozenParts:
     """The frozen CLIP on its device, the data and the prompts for training and scoring."""
 
     clip: Clip
@@ -115,7 +119,7 @@ def build_task(
     """The task of a resolved config.
 
     Raises:
-        FastdlpError: full fine-tuning that the device's memory cannot hold.
+        FastdlpError: full fine-tuning does not fit into the device's memory.
     """
     dtype = DTYPES[config.precision]
     parts = _parts(config, clip, pixels, transform, device, dtype)
@@ -124,14 +128,14 @@ def build_task(
     classes, embed = len(pixels.class_names), clip.image.shape.embed
     parameters = {name: tuple(p.shape) for name, p in clip.net.named_parameters()}
     shapes = branch_shapes(branches, config.encoder, parameters, embed, classes)
-    starts = {b.name: _start(b.modules, shapes[b.name], clip, classes) for b in branches if isinstance(b, Tensors)}
+    inits = {b.name: _init(b.modules, shapes[b.name], clip, classes) for b in branches if isinstance(b, Tensors)}
     if "encoder" in modules:
         weight_bytes = _check_memory(shapes, device)
         task: ClassificationTask = _full_task(config, parts, dtype)
-        return Built(task, (), shapes, starts, config.batch_size, weight_bytes)
+        return Built(task, (), shapes, inits, config.batch_size, weight_bytes)
     if modules:
         frozen = FrozenTask(config.encoder, parts.images(), parts.classes(), clip.logit_scale)
-        return Built(frozen, (), shapes, starts, len(pixels.labels))
+        return Built(frozen, (), shapes, inits, len(pixels.labels))
     tower = clip.tower(config.encoder)
     sites = tower_sites(tower.shape)
     if config.encoder == "text":
@@ -139,19 +143,19 @@ def build_task(
         rows, tokens = len(pixels.class_names), parts.prompts[0].tokens.shape[1]
     else:
         text = (F.normalize(f, dim=-1) for f in parts.classes())
-        resident = int(memory_of(device) * RESIDENT_SHARE)
+        resident = int(memory_of(device) * RESIDENT_FRACTION)
         source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
         task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
         rows, tokens = config.batch_size, len(clip.image_stem.positions)
-    backend = "torch" if config.backend == "torch" else "triton"  # a selection may be of both: the larger one
+    backend = "torch" if config.backend == "torch" else "triton"  # the larger one for a selection of both
     pools = 2 if config.cuda_graph else 1
     at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, backend, device, rows, pools)
-    return Built(task, sites, shapes, starts, at_once, tokens=tokens)
+    return Built(task, sites, shapes, inits, at_once, tokens=tokens)
 
 
 def _parts(
     config: TrainConfig, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device, dtype: torch.dtype
-) -> _Parts:
+) -> _FrozenParts:
     template = config.template or pixels.template
     training = template if config.caption == "dataset" else PLAIN_TEMPLATE
     captions = class_prompts(pixels.class_names, training), class_prompts(pixels.class_names, template)
@@ -160,10 +164,10 @@ def _parts(
     backend = read_backend(config.backend)
     image, text = (replace(tower.to(device, dtype), backend=backend) for tower in (clip.image, clip.text))
     batches = _PixelBatches(pixels, transform)
-    return _Parts(clip, image, text, moved_stem(clip.image_stem, device), captions, prompts, batches, device)
+    return _FrozenParts(clip, image, text, moved_stem(clip.image_stem, device), captions, prompts, batches, device)
 
 
-def _full_task(config: TrainConfig, parts: _Parts, dtype: torch.dtype) -> FullTask:
+def _full_task(config: TrainConfig, parts: _FrozenParts, dtype: torch.dtype) -> FullTask:
     net = parts.clip.net.to(parts.device)
     ids = tuple(parts.clip.tokenize(captions).to(parts.device) for captions in parts.captions)
     images, classes = F.normalize(parts.images(), dim=-1), [F.normalize(f, dim=-1) for f in parts.classes()]
@@ -184,7 +188,7 @@ def _full_task(config: TrainConfig, parts: _Parts, dtype: torch.dtype) -> FullTa
 def branch_shapes(
     branches: Sequence[AnyBranch], encoder: str, parameters: Shapes, embed: int, classes: int
 ) -> dict[str, Shapes]:
-    """Shapes of the tensors of every branch that is no LoRA.
+    """Shapes of the tensors of every branch that is not a LoRA.
 
     Args:
         branches: of a method.
@@ -204,21 +208,21 @@ def branch_shapes(
     return found
 
 
-def _start(modules: Sequence[str], shapes: Shapes, clip: Clip, classes: int) -> Start:
-    """How the tensors of a branch begin: the encoder's as they are, those of heads drawn."""
+def _init(modules: Sequence[str], shapes: Shapes, clip: Clip, classes: int) -> Init:
+    """A function that returns a branch's initial tensors: the encoder's weights, and heads drawn at random."""
 
     def draw(rng: np.random.Generator) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {n: p for n, p in clip.net.named_parameters() if n in shapes}
         for module in modules:
             if module in HEADS:
-                found |= head_start(module, clip.image.shape.embed, classes, rng)
+                found |= init_head(module, clip.image.shape.embed, classes, rng)
         return found
 
     return draw
 
 
 def _check_memory(shapes: Mapping[str, Shapes], device: torch.device) -> int:
-    """The bytes that full fine-tuning holds beside activations. Raises FastdlpError where the device has less."""
+    """Bytes of full fine-tuning without activations. Raises FastdlpError if the device has less memory."""
     entries = sum(int(np.prod(shape)) for tensors in shapes.values() for shape in tensors.values())
     need, have = FULL_COPIES * 4 * entries, memory_of(device)
     if need > have:

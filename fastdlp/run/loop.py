@@ -1,6 +1,7 @@
 """The loop over rounds, for one run or for several that share an engine.
 
-Of several processes (`fastdlp.engine.distributed`) all run the same loop, and know the same at the end of every round.
+With several processes (`fastdlp.engine.distributed`) all execute the same loop and hold the same results after each
+round.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from fastdlp.run.setup import Federation
 
 @dataclass
 class Callbacks:
-    """What a caller may be told while a run goes on, and ask of it. Every field may be left as it is."""
+    """Functions that a caller may pass to observe or stop a run; the defaults do nothing."""
 
-    preparing: Callable[[str], None] = lambda text: None  # a line: what is being prepared
-    notice: Callable[[str], None] = lambda text: None  # a line: what was found out about the machine
+    preparing: Callable[[str], None] = lambda text: None  # with a line for each stage of the preparation
+    notice: Callable[[str], None] = lambda text: None  # with a line about a machine-dependent choice
     started: Callable[[Path, Federation, float, int], None] = lambda run, federation, zero_shot, finished: None
-    finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # of metrics.jsonl; of several runs, the best
-    should_stop: Callable[[], bool] = lambda: False  # asked after each round; True raises Stopped
+    finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # with the best run's metrics
+    should_stop: Callable[[], bool] = lambda: False  # called after each round; True raises Stopped
 
 
 class Stopped(Exception):
-    """The callbacks asked to stop. The run can be resumed."""
+    """`Callbacks.should_stop` returned True. The run can be resumed."""
 
     def __init__(self, run: Path, finished: int, rounds: int, command: str = "train") -> None:
-        super().__init__(f"stopped after round {finished} of {rounds}; go on with: fastdlp {command} --resume {run}")
+        super().__init__(f"stopped after round {finished} of {rounds}; continue with: fastdlp {command} --resume {run}")
         self.run, self.finished, self.rounds = run, finished, rounds
 
 
@@ -47,25 +48,25 @@ def run_rounds(
     checkpoint: Callable[[int], None] | None = None,
     on_failure: Callable[[Recorder, str], None] | None = None,
 ) -> list[Recorder]:
-    """Rounds finished+1 … to the last; returns the recorders of the runs that came to their end.
+    """Run the rounds after `finished`; returns the recorders of the runs that completed.
 
     Args:
         recorders: of runs that share an engine.
-        finished: rounds that are done.
-        callbacks: see `Callbacks`; `started` hears of the first run.
+        finished: rounds completed before.
+        callbacks: see `Callbacks`; `started` receives the first run.
         begun: `time.perf_counter()` before the preparation.
-        checkpoint: keeps the state after a round, in place of every run's own checkpoint.
-        on_failure: told of a run that diverged, with a line that says how; it then takes no further part.
+        checkpoint: saves the state after a round instead of each run's own checkpoint.
+        on_failure: called for a run that diverged, with the reason; the run then takes no further part.
 
     Raises:
-        FastdlpError: a run that diverged, where there is no `on_failure`; memory or a disk that refuses.
-        Stopped: the callbacks asked for it.
+        FastdlpError: a run diverged and there is no `on_failure`; out of memory; a failed write.
+        Stopped: `callbacks.should_stop` returned True.
     """
     running, first = list(recorders), recorders[0]
     engine, config = first.federation.engine, first.federation.config
     rounds = config.rounds or 0
 
-    def keep(number: int) -> None:
+    def save(number: int) -> None:
         if checkpoint is not None:
             checkpoint(number)
             return
@@ -77,7 +78,7 @@ def run_rounds(
     for recorder in running:
         recorder.start(zero_shot, (time.perf_counter() - begun) / len(recorders))
     if not finished:
-        keep(0)
+        save(0)
     for number in range(finished + 1, rounds + 1):
         clock = time.perf_counter()
         losses = _train_round(engine, number)
@@ -95,7 +96,7 @@ def run_rounds(
         lines = [recorder.round(number, losses, hits, val, share) for recorder in running]
         stop = engine.group.any(callbacks.should_stop()) and number < rounds
         if number % config.checkpoint_every == 0 or number == rounds or stop:
-            keep(number)
+            save(number)
         callbacks.finished_round(max(lines, key=lambda line: line["accuracy"]))
         if stop:
             raise Stopped(first.run.path, number, rounds)

@@ -1,11 +1,11 @@
-"""A run from config to summary: rounds, records, checkpoints.
+"""Train and resume runs.
 
 summary = fastdlp.train(TrainConfig(method="feddlp", out="runs/a"))
 summary = fastdlp.resume("runs/a")
 
 Under torchrun every process calls the same function, the processes share the run's clients
-(`fastdlp.engine.distributed`), and all return the same summary. Only rank 0's callbacks report; every rank's
-`should_stop` is asked.
+(`fastdlp.engine.distributed`), and all return the same summary. Only rank 0's callbacks report; `should_stop`
+is called on every rank.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def train(config: TrainConfig, overwrite: bool = False, callbacks: Callbacks | N
         callbacks: see `Callbacks`.
 
     Raises:
-        FastdlpError: bad input, a disk that refuses, a loss that is not finite.
-        Stopped: the callbacks asked for it.
+        FastdlpError: invalid input, a failed write, a loss that is not finite.
+        Stopped: `callbacks.should_stop` returned True.
     """
     config = resolve(config)
     with process_group() as group:
@@ -54,18 +54,18 @@ def train(config: TrainConfig, overwrite: bool = False, callbacks: Callbacks | N
 def train_together(
     configs: Sequence[TrainConfig], overwrite: bool = False, callbacks: Callbacks | None = None
 ) -> list[dict[str, Any]]:
-    """Run federations that differ in seed, α and learning rates alone, in one bank; returns their summaries.
+    """Run federations that differ in seed, α and learning rates only, in one engine; returns their summaries.
 
-    Each has its own folder and checkpoints, so that `resume` can go on with every one of them alone.
+    Each has its own folder and checkpoints and can be resumed alone.
 
     Args:
         configs: each with an `out` of its own.
         overwrite: replace runs that are already there.
-        callbacks: see `Callbacks`; of several runs it hears of the first one's start and the best one's rounds.
+        callbacks: see `Callbacks`; they receive the start of the first run and the rounds of the best.
 
     Raises:
-        FastdlpError: bad input, a disk that refuses, a loss that is not finite in any of them; torchrun's processes.
-        Stopped: the callbacks asked for it.
+        FastdlpError: invalid input, a failed write, a loss of any run that is not finite, several processes.
+        Stopped: `callbacks.should_stop` returned True.
     """
     refuse_several()
     return _train(configs, overwrite, callbacks or Callbacks(), SINGLE_PROCESS)
@@ -95,7 +95,7 @@ def _train(
 
 
 def batched_by_seed(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
-    """Configs in their order, those that `train_together` may take together side by side in one list."""
+    """Configs in their order, those that `train_together` can run together in one list."""
     batches: dict[TrainConfig, list[TrainConfig]] = {}
     for config in configs:
         alone = make_method(config).sequential or config.pretrained == "none" or config.trace
@@ -109,17 +109,17 @@ def resume(
     given: dict[str, Any] | None = None,
     callbacks: Callbacks | None = None,
 ) -> dict[str, Any]:
-    """Go on with a run that was stopped, to the same bits as if it never had been; returns the summary.
+    """Continue a stopped run, bit-identical to an uninterrupted one; returns the summary.
 
     Args:
         run: its folder.
-        rounds: a new number of rounds, to make a finished run longer.
-        given: further options by name that the caller believes the run to have.
+        rounds: a new number of rounds, to extend a finished run.
+        given: options by name that the run must have been started with.
         callbacks: see `Callbacks`.
 
     Raises:
-        FastdlpError: not a run, or a run of other options, data, model or a damaged checkpoint.
-        Stopped: the callbacks asked for it.
+        FastdlpError: not a run; other options, data or model; a damaged checkpoint.
+        Stopped: `callbacks.should_stop` returned True.
     """
     with process_group() as group, ExitStack() as stack:
         with group.sync_errors():
@@ -132,7 +132,7 @@ def resume(
 def _resume(
     run: RunFolder, rounds: int | None, given: dict[str, Any], callbacks: Callbacks, group: ProcessGroup
 ) -> dict[str, Any]:
-    """`resume` while nobody else writes to the folder."""
+    """`resume` with the folder locked."""
     begun = time.perf_counter()
     with group.sync_errors():
         config = replace(run.config(), out=str(run.path))
@@ -149,7 +149,7 @@ def _resume(
         finished = restore(run, federation)
         if finished > (asked.rounds or 0):
             raise FastdlpError(
-                f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} takes none back"
+                f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} cannot undo them"
             )
     if group.is_rank_zero:
         remove_temporaries(run.path)
@@ -161,17 +161,17 @@ def _resume(
 
 
 def _rank_zero_only(callbacks: Callbacks, group: ProcessGroup) -> Callbacks:
-    """The callbacks of a process that is not the first is not told of what the first one's hears as well."""
+    """The callbacks on rank 0; elsewhere only `should_stop`."""
     return callbacks if group.is_rank_zero else Callbacks(should_stop=callbacks.should_stop)
 
 
 def _named(config: TrainConfig) -> Path:
-    """A run folder that tells what it holds, for those who name none."""
+    """The default run folder."""
     data = config.dataset.rstrip("/").rpartition("/")[2].replace(":", "-")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{data}-{config.method}-{config.encoder}-beta{config.beta:g}-seed{config.seed}-{stamp}"
     path, number = Path("runs") / name, 1
-    while path.exists():  # another run of this second
+    while path.exists():  # another run started within this second
         number += 1
         path = path.with_name(f"{name}-{number}")
     return path
