@@ -29,9 +29,10 @@ from fastdlp.kernels import backend as kernels_backend
 from fastdlp.kernels import tiles
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.methods import METHODS, make_method
-from fastdlp.run import setup as federation
+from fastdlp.run import build_engine
 from fastdlp.run.folder import RunFolder
 from fastdlp.run.loop import Callbacks
+from fastdlp.run.setup import prepare
 from fastdlp.run.train import resume, train
 from fastdlp.selection import Choice, Selection, form_of, read_backend
 from tests.models import tiny_clip
@@ -280,11 +281,11 @@ def test_tolerance(precision: str) -> None:
 
 def test_processes_agree() -> None:
     class Faked(ProcessGroup):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return [["triton"], value]
 
     class Failed(ProcessGroup):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             return ["no room", value]
 
     assert ProcessGroup().broadcast_from_rank_zero("torch") == "torch"
@@ -383,7 +384,7 @@ def test_the_tower_asks_for_every_unit(name: str, towers: Any, monkeypatch: pyte
 
 
 def test_a_cpu_measures_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation, "measured", lambda *args: pytest.fail("measured on a CPU"))
+    monkeypatch.setattr(build_engine, "measured", lambda *args: pytest.fail("measured on a CPU"))
     told: list[str] = []
     train(TrainConfig(partition=str(few), rounds=1, out=str(tmp_path / "run")), callbacks=Callbacks(notice=told.append))
     config = RunFolder(tmp_path / "run").config()
@@ -398,12 +399,12 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
     machine = Machine(seconds=25.0)
     meter = Meter(lambda call: 1.0 if call.args[0] == "triton" else 2.0, machine.clock)  # type: ignore[attr-defined]
     monkeypatch.setenv("FASTDLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(federation, "must_measure", lambda name, *args: name == "auto")
+    monkeypatch.setattr(build_engine, "must_measure", lambda name, *args: name == "auto")
     monkeypatch.setattr(units, "cuda_meter", lambda device: meter)
     monkeypatch.setattr(units, "cuda_identity", lambda device, dtype, setting: IDENTITY | {"setting": setting})
     told: list[str] = []
     config = TrainConfig(method=method, partition=str(few), out=str(tmp_path / "run"))
-    made = federation.prepare(config, notice=told.append)
+    made = prepare(config, notice=told.append)
     chosen = read_backend(made.config.backend)
     if method == "fedclip":
         assert (chosen, told) == ("torch", [])
@@ -426,15 +427,15 @@ def test_a_run_keeps_its_selection(
 
     model = tiny_clip(tmp_path / "model", vision={"width": 16, "head_width": 8}, quick_gelu=True)
     config = TrainConfig(partition=str(few), model=model, rounds=2, lr=1e-3)
-    monkeypatch.setattr(federation, "must_measure", lambda name, *args: name == "auto")
-    monkeypatch.setattr(federation, "measured", lambda *args: MIXED)
+    monkeypatch.setattr(build_engine, "must_measure", lambda name, *args: name == "auto")
+    monkeypatch.setattr(build_engine, "measured", lambda *args: MIXED)
     told: list[str] = []
     train(replace(config, out=str(tmp_path / "a")), callbacks=Callbacks(notice=told.append))
     assert told == [f"--backend auto: {MIXED.reason}"]
     assert RunFolder(tmp_path / "a").config().backend == str(MIXED)
 
     train(replace(config, rounds=1, out=str(tmp_path / "b")))
-    monkeypatch.setattr(federation, "measured", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(build_engine, "measured", lambda *args: pytest.fail("measured again"))
     resume(tmp_path / "b", rounds=2)
     same_run(tmp_path / "a", tmp_path / "b")
     assert evaluate(tmp_path / "a")["accuracy"] >= 0

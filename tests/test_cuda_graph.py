@@ -98,10 +98,10 @@ def _updates_twice(call: Callable[[], Any]) -> Any:
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "losses": (lambda call: call() * 1.5, "off by 0.5"),
-    "not finite": (lambda call: call() * float("nan"), "off by nan"),
-    "update twice": (_updates_twice, "off by 1"),
-    "no update": (lambda call: torch.tensor([[0.0]]), "off by 1"),
+    "losses": (lambda call: call() * 1.5, "differs by 0.5"),
+    "not finite": (lambda call: call() * float("nan"), "differs by nan"),
+    "update twice": (_updates_twice, "differs by 1"),
+    "no update": (lambda call: torch.tensor([[0.0]]), "differs by 1"),
     "replay raises": (_raises, "operation not permitted"),
 }
 

@@ -56,12 +56,12 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, ranks: int
     Raises:
         FastdlpError: "triton" where Triton cannot run.
     """
-    asked = read_backend(name)
+    requested = read_backend(name)
     try:
-        form = choose_backend(asked if isinstance(asked, str) else "triton", device, dtype, ranks)
+        backend = choose_backend(requested if isinstance(requested, str) else "triton", device, dtype, ranks)
     except ValueError as error:
         raise FastdlpError(f"--backend {name}: {error}") from None
-    return form if isinstance(asked, str) else asked
+    return backend if isinstance(requested, str) else requested
 
 
 def must_measure(name: str, device: torch.device, dtype: torch.dtype, ranks: int) -> bool:

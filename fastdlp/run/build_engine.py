@@ -144,17 +144,17 @@ def _slots(configs: Sequence[TrainConfig], partition: Partition) -> list[Slot]:
     ]
 
 
-def may_graph(asked: bool | None, method: Method, device: torch.device) -> bool:
+def may_graph(requested: bool | None, method: Method, device: torch.device) -> bool:
     """Whether steps may be recorded as CUDA graphs: wherever they can be, unless `--no-cuda-graph`.
 
     Raises:
         FastdlpError: `--cuda-graph` where they cannot be.
     """
     can = device.type == "cuda" and not method.sequential
-    if asked and not can:
+    if requested and not can:
         reason = f"--device is {device}" if device.type != "cuda" else f"--method {method.name} trains one at a time"
         raise FastdlpError(f"--cuda-graph records a step of many clients on a CUDA GPU, but {reason}: leave it out")
-    return can and asked is not False
+    return can and requested is not False
 
 
 def _measure(

@@ -44,7 +44,7 @@ def run_rounds(
     recorders: Sequence[Recorder],
     finished: int,
     callbacks: Callbacks,
-    begun: float,
+    start_time: float,
     checkpoint: Callable[[int], None] | None = None,
     on_failure: Callable[[Recorder, str], None] | None = None,
 ) -> list[Recorder]:
@@ -54,7 +54,7 @@ def run_rounds(
         recorders: of runs that share an engine.
         finished: rounds completed before.
         callbacks: see `Callbacks`; `started` receives the first run.
-        begun: `time.perf_counter()` before the preparation.
+        start_time: `time.perf_counter()` before the preparation.
         checkpoint: saves the state after a round instead of each run's own checkpoint.
         on_failure: called for a run that diverged, with the reason; the run then takes no further part.
 
@@ -76,7 +76,7 @@ def run_rounds(
     zero_shot = zero_shot_accuracy(first.federation)
     callbacks.started(first.run.path, first.federation, zero_shot, finished)
     for recorder in running:
-        recorder.start(zero_shot, (time.perf_counter() - begun) / len(recorders))
+        recorder.start(zero_shot, (time.perf_counter() - start_time) / len(recorders))
     if not finished:
         save(0)
     for number in range(finished + 1, rounds + 1):
@@ -92,8 +92,8 @@ def run_rounds(
             recorder.before_aggregation()
         engine.aggregate()
         hits, val = engine.hits(), engine.hits("val")
-        share = (time.perf_counter() - clock) / len(recorders)
-        lines = [recorder.round(number, losses, hits, val, share) for recorder in running]
+        seconds = (time.perf_counter() - clock) / len(recorders)
+        lines = [recorder.round(number, losses, hits, val, seconds) for recorder in running]
         stop = engine.group.any(callbacks.should_stop()) and number < rounds
         if number % config.checkpoint_every == 0 or number == rounds or stop:
             save(number)

@@ -75,7 +75,7 @@ def _train(
     configs: Sequence[TrainConfig], overwrite: bool, callbacks: Callbacks, group: ProcessGroup
 ) -> list[dict[str, Any]]:
     """`train_together` in one of the processes that share the runs."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     callbacks = _rank_zero_only(callbacks, group)
     paths = [Path(config.out or "") for config in configs]
     with group.sync_errors():
@@ -91,7 +91,7 @@ def _train(
                 run = RunFolder.create(path, f.config, f.partition, f.pixels.ids, overwrite)
                 stack.enter_context(run.locked())
         recorders = [Recorder(RunFolder(path), f, 0) for f, path in zip(federations, paths)]
-        return [recorder.finish() for recorder in run_rounds(recorders, 0, callbacks, begun)]
+        return [recorder.finish() for recorder in run_rounds(recorders, 0, callbacks, start_time)]
 
 
 def batched_by_seed(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
@@ -133,30 +133,30 @@ def _resume(
     run: RunFolder, rounds: int | None, given: dict[str, Any], callbacks: Callbacks, group: ProcessGroup
 ) -> dict[str, Any]:
     """`resume` with the folder locked."""
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with group.sync_errors():
         config = replace(run.config(), out=str(run.path))
-        asked = resolve(replace(config, **given)) if given else config
-        if other := differences(config, asked):
+        requested = resolve(replace(config, **given)) if given else config
+        if other := differences(config, requested):
             raise FastdlpError(f"{run.path} was started with {', '.join(other)}: resume without it, or start a new run")
         if rounds is not None:
-            asked = replace(asked, rounds=rounds)
-            asked.check()
+            requested = replace(requested, rounds=rounds)
+            requested.check()
         summary = run.summary()
-        if summary is not None and summary["rounds"] == asked.rounds:
+        if summary is not None and summary["rounds"] == requested.rounds:
             return summary
-        federation = prepare(asked, callbacks.preparing, run.path / PARTITION, group, callbacks.notice)
+        federation = prepare(requested, callbacks.preparing, run.path / PARTITION, group, callbacks.notice)
         finished = restore(run, federation)
-        if finished > (asked.rounds or 0):
+        if finished > (requested.rounds or 0):
             raise FastdlpError(
-                f"{run.path} has finished {finished} rounds already: --rounds {asked.rounds} cannot undo them"
+                f"{run.path} has finished {finished} rounds already: --rounds {requested.rounds} cannot undo them"
             )
     if group.is_rank_zero:
         remove_temporaries(run.path)
-        if asked != config:
-            run.change_config(asked)
-    recorder = Recorder(run, replace(federation, config=asked), finished)
-    run_rounds([recorder], finished, callbacks, begun)
+        if requested != config:
+            run.change_config(requested)
+    recorder = Recorder(run, replace(federation, config=requested), finished)
+    run_rounds([recorder], finished, callbacks, start_time)
     return recorder.finish()
 
 
