@@ -1,4 +1,4 @@
-"""Tables on a device that follow from a split of rows: kept, so that a step copies none, but not without bound."""
+"""Device tensors that depend only on how rows are grouped: cached, so that a step copies none, with bounded memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RECENT = 1024  # tables of each kind; at 32,000 rows the largest kind takes 128 KB each
+CACHED_TABLES = 1024  # of each kind; at 32,000 rows the largest kind takes 128 KB each
 
 
-def device_table(make: Callable[P, T]) -> Callable[P, T]:
-    """Keep what `make` returned for its latest RECENT arguments, and for good what a CUDA graph was captured with.
+def device_table(build: Callable[P, T]) -> Callable[P, T]:
+    """Cache what `build` returned for its latest CACHED_TABLES arguments, permanently if a CUDA graph captured it.
 
-    A graph reads a table by its address, so that one may never be freed. Making one copies from the host, which a
-    capture does not allow: the same step has to run once before it is captured.
+    A graph reads a table by its address, so the table must never be freed. Building one copies from the host, which is
+    not allowed during capture: the same step has to run once before it is captured.
     """
-    recent = lru_cache(RECENT)(make)
+    recent = lru_cache(CACHED_TABLES)(build)
     captured: dict[object, T] = {}
 
-    @wraps(make)
+    @wraps(build)
     def table(*args: P.args, **kwargs: P.kwargs) -> T:
         key = args, *kwargs.items()
         if captured and key in captured:
             return captured[key]
-        found = recent(*args, **kwargs)  # type: ignore[arg-type]
+        result = recent(*args, **kwargs)  # type: ignore[arg-type]
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            captured[key] = found
-        return found
+            captured[key] = result
+        return result
 
     return table
