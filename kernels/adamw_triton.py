@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdlp.kernels.adamw import THRESHOLDS, Settings, Stack
-from fastdlp.kernels.launch import launch, tiles_of
+from fastdlp.kernels.launch import launch
 from fastdlp.kernels.tiles import tile_for
 
 FACTORS = 3  # per row: step sizes of weights and gates with bias correction, and √(1 − β₂ᵗ)
@@ -196,7 +196,7 @@ def adamw_fused(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, xi: 
     stacks = [tensor for stack in (weights, gates) for tensor in (stack.params, stack.m, stack.v, stack.grads)]
     launch(
         adamw_kernel,
-        (tiles_of(D, tile["BLOCK"]) + tiles_of(Q, tile["BLOCK"]), n),
+        (triton.cdiv(D, tile["BLOCK"]) + triton.cdiv(Q, tile["BLOCK"]), n),
         *stacks,
         slots,
         factors,
@@ -219,7 +219,7 @@ def _row_norms(grads: Tensor) -> Tensor:
     """Σ g² of every chunk of every row: grads [n, D] → [n, chunks]."""
     n, D = grads.shape
     tile = tile_for("row_norms", grads.device, 4)
-    partials = grads.new_empty(n, tiles_of(D, tile.chunk))
+    partials = grads.new_empty(n, triton.cdiv(D, tile.chunk))
     launch(row_norms_kernel, (partials.shape[1], n), grads, partials, D, CHUNK=tile.chunk, **tile.launch)
     return partials
 

@@ -60,13 +60,14 @@ def forward_pass(
     views: int,
     residual: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """y, and what the backward needs: stats, P, u, down, up, nan_flag (empty where there is none or not `save`)."""
-    linear = _adapted(weight, bias, norm_weight, norm_bias, eps, activation, A.shape[1], sizes, views)
+    norm, groups = _norm(norm_weight, norm_bias, eps), RowGroups(tuple(sizes), views)
+    frozen = FrozenLinear(weight, None if bias is None else bias.contiguous(), norm, activation)
     x, residual = last_contiguous(x), None if residual is None else last_contiguous(residual)
     folded = fold_adapters(A, B, c, x.dtype)
-    y, stats, P, u = linear.apply(x, residual, folded, save)
-    saved = (stats, P, u, folded.down, folded.up, folded.nan_flag) if save else (None,) * 6
+    y, saved = AdaptedLinear(frozen, (0, A.shape[1]), groups).forward(x, residual, folded, save)
+    saved = (*saved, folded.down, folded.up, folded.nan_flag) if save else (None,) * 6
     dtypes = (torch.float32, x.dtype, x.dtype, x.dtype, x.dtype, torch.float32)
     out = [x.new_empty(0, dtype=dtype) if tensor is None else tensor for tensor, dtype in zip(saved, dtypes)]
     return y, out[0], out[1], out[2], out[3], out[4], out[5]
@@ -77,7 +78,7 @@ dual_lora_op = torch.library.custom_op("fastdlp::dual_lora", forward_pass, mutat
 
 @dual_lora_op.register_fake
 def _(*inputs: Any) -> Outputs:
-    x, _, _, norm_weight, _, _, activation, A, B, c, _, views, _, save = inputs
+    x, _, _, norm_weight, _, _, activation, A, B, _, _, views, _, save = inputs
     slots, parts, rank, width = A.shape
     rows, out, L = x.shape[0], B.shape[2], parts * padded(rank)
     y = x.new_empty(rows, parts * out)
@@ -113,14 +114,15 @@ def backward_pass(
     views: int,
     need_x: bool,
     need_adapters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """dX [M, K] in the dtype of x, dA, dB and dc in fp32; empty where not needed."""
-    linear = _adapted(weight, None, norm_weight, norm_bias, eps, activation, A.shape[1], sizes, views)
+    frozen, groups = FrozenLinear(weight, None, _norm(norm_weight, norm_bias, eps)), RowGroups(tuple(sizes), views)
+    linear = AdaptedLinear(frozen, (0, A.shape[1]), groups)
     dy, x, branch = last_contiguous(dy), last_contiguous(x), branch_tensors(A, B, c)
     folded = FoldedAdapters(down, up, nan_flag, [branch.offsets], views)
     du = dy if activation == "none" else activation_backward(dy, u, activation)
     partials = folded.partial_sums(linear.reserve_one(x, folded)) if need_adapters else (None, None)
-    dx = linear.gradients(du, P, LinearInput(x, linear.frozen.norm, stats), folded, partials, need_x)
+    dx = linear.gradients(du, P, LinearInput(x, frozen.norm, stats), folded, partials, need_x)
     dA, dB, dc = (
         torch.empty_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
         if need_adapters
@@ -173,22 +175,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
 dual_lora_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _adapted(
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    activation: str,
-    parts: int,
-    sizes: Sequence[int],
-    views: int,
-) -> AdaptedLinear:
-    norm = None
-    if norm_weight is not None and norm_bias is not None:
-        norm = Norm(norm_weight.contiguous(), norm_bias.contiguous(), eps)
-    frozen = FrozenLinear(weight, None if bias is None else bias.contiguous(), norm, activation)
-    return AdaptedLinear(frozen, (0, parts), RowGroups(tuple(sizes), views))
+def _norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+    return None if weight is None or bias is None else Norm(weight.contiguous(), bias.contiguous(), eps)
 
 
 def branch_tensors(A: Tensor, B: Tensor, c: Tensor) -> BranchTensors:

@@ -61,8 +61,9 @@ def fold_kernel(
     a_offset, b_offset, c_offset = tl.load(part_ptr + 2), tl.load(part_ptr + 3), tl.load(part_ptr + 4)
     down_offset, up_offset = tl.load(part_ptr + 5), tl.load(part_ptr + 6)
     if ALIGNED:
-        K, N, a_offset = tl.multiple_of(K, 16), tl.multiple_of(N, 16), tl.multiple_of(a_offset, 16)
-        down_offset, up_offset = tl.multiple_of(down_offset, 16), tl.multiple_of(up_offset, 16)
+        K, N = tl.multiple_of(K, 16), tl.multiple_of(N, 16)
+        a_offset, down_offset = tl.multiple_of(a_offset, 16), tl.multiple_of(down_offset, 16)
+        up_offset = tl.multiple_of(up_offset, 16)
     r, j = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
     in_r = r < R
     nan_flag = tl.zeros((BLOCK_R, BLOCK), dtype=tl.float32)
@@ -92,8 +93,7 @@ def fold_kernel(
             zero_or_nan = up.to(tl.float32) * 0.0
             nan_flag += zero_or_nan
             mask = in_n if COLUMN == 0 else in_r[:, None] & in_n
-            up = tl.where(zero_or_nan == 0.0, up, 0.0)
-            tl.store(up_ptrs + r[:, None] * N + n0 + j[None, :], up, mask=mask)
+            tl.store(up_ptrs + r[:, None] * N + n0 + j[None, :], tl.where(zero_or_nan == 0.0, up, 0.0), mask=mask)
     tl.store(nan_flag_ptr + slot * stride_flag + part * BRANCHES + branch, tl.sum(tl.sum(nan_flag, 1), 0))
 
 
@@ -232,7 +232,7 @@ def fold(
             COLUMN=branch.offsets.column,
             BLOCK_R=padded(folded.rank),
             HAS_VIEW_SCALE=branch.view_scale is not None,
-            ALIGNED=_aligned(branch.offsets),
+            ALIGNED=all(n % 16 == 0 for p in branch.offsets.parts for n in (p.width, p.out, p.a, p.down, p.up)),
             **tile.launch,
         )
     return folded
@@ -263,8 +263,3 @@ def sum_partials(branch: BranchTensors, folded: FoldedAdapters, dA: Tensor, dB: 
         HAS_DC=dc is not None,
         **tile_for("sum_partials", dA.device, 4).launch,
     )
-
-
-def _aligned(branch: BranchOffsets) -> bool:
-    """Whether sizes and offsets allow vector loads and stores."""
-    return all(n % 16 == 0 for p in branch.parts for n in (p.width, p.out, p.a, p.down, p.up))

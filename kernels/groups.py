@@ -5,16 +5,41 @@ Rows are sorted: slot by slot, and within a slot one group per *view*. All views
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.tables import CACHED_TABLES, device_table
-
 Run = tuple[int, int, int, int, int]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CACHED_TABLES = 1024  # of each kind; at 32,000 rows the largest kind takes 128 KB each
+
+
+def device_table(build: Callable[P, T]) -> Callable[P, T]:
+    """Cache what `build` returned for its latest CACHED_TABLES arguments, so that a step copies nothing from the host.
+
+    Those that a CUDA graph captured are kept permanently, because a graph reads them by their addresses. Building a
+    table copies from the host, which is not allowed during capture: the same step has to run once before its capture.
+    """
+    recent = lru_cache(CACHED_TABLES)(build)
+    captured: dict[object, T] = {}
+
+    @wraps(build)
+    def table(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = args, *kwargs.items()
+        if captured and key in captured:
+            return captured[key]
+        result = recent(*args, **kwargs)  # type: ignore[arg-type]
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            captured[key] = result
+        return result
+
+    return table
 
 
 @dataclass(frozen=True)

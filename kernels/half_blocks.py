@@ -32,7 +32,6 @@ from fastdlp.kernels.norm import down_product, norm_backward
 from fastdlp.kernels.product import backward_product, forward_product, rows_per_tile
 from fastdlp.kernels.short_attention import attention_backward, attention_forward
 
-Saved = tuple[Tensor | None, ...]  # what a backward needs besides x
 Partials = tuple[Tensor | None, Tensor | None]  # of T and dA; None: not computed
 
 
@@ -106,14 +105,12 @@ class AdaptedLinear:
     span: Span
     groups: RowGroups
 
-    def apply(
-        self, x: Tensor, residual: Tensor | None, folded: FoldedAdapters, save: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Without autograd: y, the norm's stats [2, M] (if any), P [M, L] and φ's argument (if saved)."""
+    def forward(self, x: Tensor, residual: Tensor | None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Any]:
+        """y and, for the backward, the norm's stats [2, M] (if any), P [M, L] and φ's argument (if saved)."""
         site = folded.site(self.span)
         h, stats, P = down_product(x, self.frozen.norm, site, self.groups)
         y, u = forward_product(h, self.frozen, P, site, self.groups, residual, save)
-        return y, stats, P, u
+        return y, (stats, P, u)
 
     def gradients(
         self,
@@ -145,10 +142,6 @@ class AdaptedLinear:
         tile = rows_per_tile(like, *shape) if recomputed else 0
         return folded.reserve(self.span, self.groups, gradients_tile(like, *shape)["BLOCK_M"], tile)
 
-    def forward(self, x: Tensor, residual: Tensor | None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Saved]:
-        y, *saved = self.apply(x, residual, folded, save)
-        return y, tuple(saved)
-
     def reserve(self, like: Tensor, folded: FoldedAdapters) -> list[PartialSums]:
         return [self.reserve_one(like, folded)]
 
@@ -168,9 +161,9 @@ class MLPHalf:
     fc2: AdaptedLinear
     skip: bool = True
 
-    def forward(self, x: Tensor, residual: None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Saved]:
-        h, stats, P1, u = self.fc1.apply(x, None, folded, save)
-        y, _, P2, _ = self.fc2.apply(h, x if self.skip else None, folded, save)
+    def forward(self, x: Tensor, residual: None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Any]:
+        h, (stats, P1, u) = self.fc1.forward(x, None, folded, save)
+        y, (_, P2, _) = self.fc2.forward(h, x if self.skip else None, folded, save)
         return y, (stats, P1, u, P2)
 
     def reserve(self, like: Tensor, folded: FoldedAdapters) -> list[PartialSums]:
@@ -203,9 +196,9 @@ class AttentionHalf:
     causal: bool
     skip: bool = True
 
-    def forward(self, x: Tensor, residual: None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Saved]:
+    def forward(self, x: Tensor, residual: None, folded: FoldedAdapters, save: bool) -> tuple[Tensor, Any]:
         site = folded.site(self.out.span)
-        packed, stats, P1, _ = self.qkv.apply(x, None, folded, save)
+        packed, (stats, P1, _) = self.qkv.forward(x, None, folded, save)
         shape = self.heads, self.tokens, self.causal
         a, P2 = attention_forward(packed, *shape, site.down, site.nan_flag, self.sequences)
         assert P2 is not None

@@ -59,11 +59,6 @@ def recording(dry: bool = False) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def tiles_of(size: int, block: int) -> int:
-    """How many blocks cover a size."""
-    return -(-size // block)
-
-
 def row_stride(tensor: Tensor | None) -> int:
     """Elements between rows, 0 without a tensor."""
     return 0 if tensor is None else tensor.stride(0)

@@ -16,8 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.groups import RowGroups, chunks
-from fastdlp.kernels.tables import device_table
+from fastdlp.kernels.groups import RowGroups, chunks, device_table
 
 MIN_RANK = 16
 Span = tuple[int, int]  # parts first..end of the folded ones: one site

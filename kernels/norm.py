@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdlp.kernels.frozen import Norm
 from fastdlp.kernels.groups import RowGroups, chunks
-from fastdlp.kernels.launch import launch, precision, row_stride, tiles_of
+from fastdlp.kernels.launch import launch, precision, row_stride
 from fastdlp.kernels.low_rank import SiteAdapters
 from fastdlp.kernels.product import COUNTS
 from fastdlp.kernels.tiles import Tile, tile_for
@@ -199,7 +199,7 @@ def norm_backward(
     tensors, strides = (dh, x, stats, weight, residual, dx), (x.stride(0), row_stride(residual))
     launch(
         norm_backward_kernel,
-        (tiles_of(rows, tile["BLOCK_M"]),),
+        (triton.cdiv(rows, tile["BLOCK_M"]),),
         *tensors,
         rows,
         width,

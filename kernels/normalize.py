@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdlp.kernels.launch import launch, tiles_of
+from fastdlp.kernels.launch import launch
 from fastdlp.kernels.product import COUNTS
 from fastdlp.kernels.tiles import tile_for
 
@@ -76,4 +76,4 @@ def _launch(kernel: Any, like: Tensor, *operands: Any) -> None:
     rows, width = like.shape
     tile = tile_for("normalize", like.device, like.dtype.itemsize, rows, 0, width)
     block_row = triton.next_power_of_2(width)
-    launch(kernel, (tiles_of(rows, tile["BLOCK_M"]),), *operands, BLOCK_ROW=block_row, **tile.launch)
+    launch(kernel, (triton.cdiv(rows, tile["BLOCK_M"]),), *operands, BLOCK_ROW=block_row, **tile.launch)

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastdlp.kernels.activation import RECOMPUTABLE
 from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups, row_group
-from fastdlp.kernels.launch import launch, precision, row_stride, tiles_of
+from fastdlp.kernels.launch import launch, precision, row_stride
 from fastdlp.kernels.low_rank import MIN_RANK, SiteAdapters
 from fastdlp.kernels.tiles import Tile, multiprocessors, tile_for
 
@@ -127,19 +127,21 @@ def product_kernel(
     for index in tl.range(tl.program_id(0) if DESCRIPTORS else 0, tiles if DESCRIPTORS else 1, NUM_PROGRAMS):
         tile = index if DESCRIPTORS else tl.program_id(0)
         tile_m, part, tile_n = _tile_at(tile, M, N, PARTS, BLOCK_M, BLOCK_N, GROUP_M)
-        row0, column0 = tile_m.to(tl.int64) * BLOCK_M, part * N + tile_n * BLOCK_N
-        m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-        in_m, in_n = m < M - tile_m * BLOCK_M, n < N - tile_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        row0 = tile_m.to(tl.int64) * BLOCK_M
         if DESCRIPTORS:
+            column0 = part * N + tile_n * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for k0 in tl.range(0, K, BLOCK_K):
                 x = x_ptr.load([tile_m * BLOCK_M, k0])
                 w = w_ptr.load([column0, k0]).T if TRANSPOSED else w_ptr.load([k0, column0])
                 acc = tl.dot(x, w, acc, input_precision=PRECISION)
         else:
-            k = tl.arange(0, BLOCK_K)
+            m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+            in_m, in_n = m < M - tile_m * BLOCK_M, n < N - tile_n * BLOCK_N
+            column0 = part * N + tile_n * BLOCK_N
             x_ptrs = x_ptr + row0 * stride_xm + m[:, None] * stride_xm + k[None, :]
             w_ptrs = w_ptr + column0.to(tl.int64) * stride_wn + n[None, :] * stride_wn + k[:, None] * stride_wk
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for k0 in range(0, K, BLOCK_K):
                 in_k = k < K - k0
                 x = tl.load(x_ptrs, mask=in_m[:, None] if EVEN_K else in_m[:, None] & in_k[None, :], other=0.0)
@@ -152,7 +154,10 @@ def product_kernel(
                 w_ptrs += BLOCK_K * stride_wk
 
         # The low-rank term, BLOCK_R of the rank at a time, for every group that the tile's rows belong to: one dot in
-        # most tiles. Before the K loop it would make ptxas serialize every WGMMA of that loop (C7515).
+        # most tiles. Before the K loop it would make ptxas serialize every WGMMA of that loop (C7515). Offsets and masks
+        # are computed here, because their registers would be live across that loop.
+        m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+        in_m, in_n = m < M - tile_m * BLOCK_M, n < N - tile_n * BLOCK_N
         group_ptrs = row_group_ptr + row0
         owner = tl.load(group_ptrs + m, mask=in_m, other=-1) // GROUPS_PER_UP
         first = tl.load(group_ptrs) // GROUPS_PER_UP
@@ -203,9 +208,9 @@ def product_kernel(
                     q = tl.load(low_ptrs + rank0, mask=of_slot, other=0.0)
                     # Both operands are masked: rows of other slots may not be finite.
                     da = tl.dot(tl.trans(q), tl.where(of_slot, h, 0.0), input_precision=PRECISION)
-                    da_ptrs = da_ptr + tl.full((), tile_m + slot, tl.int64) * (R * N) + rank0 * N + n0
+                    da_offset = tl.full((), tile_m + slot, tl.int64) * (R * N) + rank0 * N + n0
                     in_da = (r < R - rank0)[:, None] if EVEN_N else (r < R - rank0)[:, None] & in_piece[None, :]
-                    tl.store(da_ptrs + r[:, None] * N + j[None, :], da, mask=in_da)
+                    tl.store(da_ptr + da_offset + r[:, None] * N + j[None, :], da, mask=in_da)
 
 
 def forward_product(
@@ -289,7 +294,7 @@ def _launch(
 ) -> None:
     up, parts, groups_per_up = (site.down, 1, groups.views) if backward else (site.up, site.parts, 1)
     (rows, width), out, L = x.shape, up.shape[2], low.shape[1]
-    num_tiles = tiles_of(rows, tile["BLOCK_M"]) * parts * tiles_of(out, tile["BLOCK_N"])
+    num_tiles = triton.cdiv(rows, tile["BLOCK_M"]) * parts * triton.cdiv(out, tile["BLOCK_N"])
     descriptors = tile.form == "descriptor" and rows > 0 and describable(x) and describable(weight)
     num_programs = multiprocessors(x.device) if descriptors else 1
     tensors = (bias, low, up, row_group(groups, x.device), residual, u, y, dA)
@@ -372,18 +377,13 @@ def library_backward(
     dA: Tensor | None = None,
 ) -> Tensor:
     """`backward_product` in library calls; its one row tile has all rows, so partial sum s of dA is that of slot s."""
-    dx = frozen_linear_backward(dy, weight)
+    dx, phi = frozen_linear_backward(dy, weight), RECOMPUTABLE[activation]
+    saved = None if u is None else phi.saved(u.clone())
+    h = None if saved is None or dA is None else phi.value(saved)
     for s0, s1, m0, m1, size in groups.runs:
         by_slot = (s1 - s0, groups.views * size, -1)
-        dx[m0:m1].view(by_slot).baddbmm_(Q[m0:m1].view(by_slot), site.down[s0:s1])
-    if u is None:
-        return dx
-    phi = RECOMPUTABLE[activation]
-    saved = phi.saved(u.clone())
-    if dA is not None:
-        h = phi.value(saved)
-        for s0, s1, m0, m1, size in groups.runs:
-            by_slot = (s1 - s0, groups.views * size, -1)
-            q = Q[m0:m1].view(by_slot)[:, :, : site.rank]
-            dA[s0:s1, 0] = q.mT @ h[m0:m1].view(by_slot)
-    return phi.backward(dx, saved)
+        q = Q[m0:m1].view(by_slot)
+        dx[m0:m1].view(by_slot).baddbmm_(q, site.down[s0:s1])
+        if dA is not None and h is not None:
+            dA[s0:s1, 0] = q[:, :, : site.rank].mT @ h[m0:m1].view(by_slot)
+    return dx if saved is None else phi.backward(dx, saved)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdlp.kernels.groups import RowGroups, row_group
-from fastdlp.kernels.launch import launch, precision, row_stride, tiles_of
+from fastdlp.kernels.launch import launch, precision, row_stride
 from fastdlp.kernels.tiles import Tile, tile_for
 
 # Vary from batch to batch and do not affect the alignment of vector loads: not worth a recompilation each.
@@ -226,7 +226,7 @@ def attention_forward(
     tensors = (qkv, o, down, nan_flag, image_groups, P)
     launch(
         attention_kernel,
-        (images * tiles_of(tokens, shared["BLOCK_Q"]) * (heads // heads_per_program),),
+        (images * triton.cdiv(tokens, shared["BLOCK_Q"]) * (heads // heads_per_program),),
         *tensors,
         tokens,
         heads,
@@ -263,7 +263,7 @@ def attention_backward(
         qkv.stride(0),
         do.stride(0),
         _scale(width // heads),
-        QUERIES=tiles_of(tokens, shared["BLOCK_Q"]) * shared["BLOCK_Q"],
+        QUERIES=triton.cdiv(tokens, shared["BLOCK_Q"]) * shared["BLOCK_Q"],
         **shared,
     )
     return dqkv

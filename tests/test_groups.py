@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fastdlp.kernels import tables
-from fastdlp.kernels.groups import RowGroups, chunks, row_group
+from fastdlp.kernels import groups as row_groups
+from fastdlp.kernels.groups import RowGroups, chunks, device_table, row_group
 from tests.awkward import GROUPS
 
 ALL = {**GROUPS, "no slots": RowGroups(()), "three views": RowGroups((3, 0, 2), views=3)}
@@ -99,12 +100,12 @@ def test_refuses_what_is_no_split(sizes: tuple[int, ...], views: int) -> None:
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every table that was built; two are cached."""
-    monkeypatch.setattr(tables, "CACHED_TABLES", 2)
+    monkeypatch.setattr(row_groups, "CACHED_TABLES", 2)
     return []
 
 
-def counted_tables(built: list[int]) -> tables.Callable[[int], torch.Tensor]:
-    @tables.device_table
+def counted_tables(built: list[int]) -> Callable[[int], torch.Tensor]:
+    @device_table
     def table(rows: int) -> torch.Tensor:
         built.append(rows)
         return torch.arange(rows)

@@ -20,8 +20,7 @@ from fastdlp.clip.stem import ImageStem
 from fastdlp.clip.tower import Tower
 from fastdlp.engine.images import FROZEN_BATCH, PixelSource, TokenSource, stage
 from fastdlp.engine.schedule import Inputs, Shape
-from fastdlp.kernels.groups import RowGroups
-from fastdlp.kernels.tables import device_table
+from fastdlp.kernels.groups import RowGroups, device_table
 from fastdlp.methods.losses import Outputs
 
 
