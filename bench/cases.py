@@ -81,10 +81,10 @@ def _passes(
     slots = torch.arange(len(sizes), device="meta")
     with recording(dry=True) as launches:
         adapters = bank.adapters(slots, views, grad=True)
-        loss = tower.unit_features(x, groups, adapters, index).sum()
+        loss = tower.features(x, groups, adapters, index, normalize=True).sum()
         adapters.gradients(loss, list(adapters.leaves))
         with torch.no_grad():
-            tower.unit_features(x, groups, bank.adapters(slots, views, grad=False), index)
+            tower.features(x, groups, bank.adapters(slots, views, grad=False), index, normalize=True)
     return _in_tf32(launches) if dtype == "tf32" else launches
 
 

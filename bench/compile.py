@@ -93,7 +93,7 @@ class Job:
         """`M128 N256 K64 w8 s3`; blocks that follow from the rank are left out."""
         blocks = {name.removeprefix("BLOCK"): size for name, size in self.constexprs.items() if "BLOCK" in name}
         sizes = [
-            f"{name[1:]}{size}" for name, size in blocks.items() if name not in ("_R", "_L", "_P", "_POISON", "_SHARES")
+            f"{name[1:]}{size}" for name, size in blocks.items() if size and name not in ("_R", "_L", "_F", "_PARTIALS")
         ]
         return " ".join([*sizes, f"w{self.warps}", f"s{self.stages}"])
 
@@ -194,7 +194,7 @@ def faults(job: Job, figures: dict[str, Any]) -> list[str]:
         found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[job.arch]} are allowed")
     operand, expected = HALF.get(job.dtype), TENSOR_CODE[job.arch]
     if operand and job.kernel.startswith("product"):
-        # A product's shares of dA have 16 rows, too few for wgmma: beside the expected code there may be mma.sync.
+        # A partial sum of dA has 16 rows, too few for wgmma: beside the expected code there may be mma.sync.
         code = figures["mma"].split(", ")
         right = any(name.startswith(expected) for name in code) and all(name.endswith(f".{operand}") for name in code)
         in_loop = figures["hgmma" if expected == "wgmma" else "hmma"]

@@ -73,15 +73,15 @@ def _bytes(values: Iterable[Any]) -> int:
 
 
 def _bytes_of_launches(launches: Sequence[Launch]) -> int:
-    """Each branch's sum reads its own part of the shares, so all of them together read the workspace once."""
-    total, shares = 0, {}
+    """Each branch's sum reads its own part of the partial sums, so all of them together read the workspace once."""
+    total, partials = 0, {}
     for launch in launches:
         operands = [getattr(operand, "base", operand) for operand in launch.operands]  # of a tensor descriptor
         named = list(zip(launch.kernel.arg_names, operands))
-        if launch.kernel.__name__ == "sum_shares_kernel":
-            shares[id(operands[0])] = operands.pop(0)
+        if launch.kernel.__name__ == "sum_partials_kernel":
+            partials[id(operands[0])] = operands.pop(0)
         total += _bytes(operands) + _bytes(operand for name, operand in named if name in IN_PLACE)
-    return total + _bytes(shares.values())
+    return total + _bytes(partials.values())
 
 
 def count(step: Callable[[], object]) -> Counted:

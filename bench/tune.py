@@ -69,7 +69,7 @@ LINEARS = {
     "norm_backward": ("qkv",),
 }
 # Launched once a pass, or once an image and head; their rows are kept.
-NO_TILE = ("fold", "sum_shares", "attention", "attention_backward", "normalize", "row_norms", "adamw")
+NO_TILE = ("fold", "sum_partials", "attention", "attention_backward", "normalize", "row_norms", "adamw")
 
 
 def candidates(kernel: str, itemsize: int) -> list[Tile]:

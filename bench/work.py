@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdlp.bench.forms import Case, Operands, make_operands
 from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.frozen import FrozenLinear, Norm
-from fastdlp.kernels.low_rank import Folded, SiteAdapters
+from fastdlp.kernels.low_rank import FoldedAdapters, SiteAdapters
 from fastdlp.kernels.tiles import Tile
 
 ACTIVATION = "quick_gelu"
@@ -36,14 +36,14 @@ class Work:
 def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device) -> Work:
     """The launcher of a kernel on random operands of a linear, and library products for the same.
 
-    Shares are summed in `run`: a tile of few rows makes many.
+    Partial sums are added up in `run`: a tile of few rows has many.
     """
     from fastdlp.kernels import norm as norms
     from fastdlp.kernels import product as products
     from fastdlp.kernels.dual_lora_ops import fold_adapters
 
     o = make_operands(case, dtype, device)
-    site = fold_adapters(o.A, o.B, o.c, dtype).site(0, case.parts)
+    site = fold_adapters(o.A, o.B, o.c, dtype).site((0, case.parts))
     low = torch.bmm(_by(case.clients, o.x), site.down.mT).flatten(0, 1)
     Q = low.flip(0)  # of the shape and size of dY B'
     columns, width = case.parts * case.out, case.width
@@ -53,7 +53,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     norm = Norm(weight, bias, EPS)
 
     def product(tile: Tile) -> list[Tensor]:
-        y, kept = products.forward_product(o.x, linear, low, site, o.groups, residual, keep=True, tile=tile)
+        y, kept = products.forward_product(o.x, linear, low, site, o.groups, residual, save=True, tile=tile)
         return [y] if kept is None else [y, kept]
 
     def product_backward(tile: Tile) -> list[Tensor]:
@@ -74,9 +74,9 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
         run = partial(_adapter_gradients, o, low)
         return Work(columns, width, run, lambda: _gradients_by_library(o, low, site))
     if kernel == "down":
-        return Work(0, width, lambda tile: [norms.down_product(o.x, site, o.groups, tile)], lambda: [low])
+        return Work(0, width, lambda tile: [norms.down_product(o.x, None, site, o.groups, tile)[2]], lambda: [low])
     if kernel == "norm_down":
-        return Work(0, width, lambda tile: list(norms.norm_down_product(o.x, norm, site, o.groups, tile)), normed)
+        return Work(0, width, lambda tile: list(norms.down_product(o.x, norm, site, o.groups, tile)), normed)
     if kernel == "norm_backward":
         dh, stats, x = o.x.flip(0), _stats(o.x), o.x.detach().requires_grad_()
         h = F.layer_norm(x, (width,), weight, bias, EPS)
@@ -90,21 +90,21 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
 
 
 def _activated(o: Operands, site: SiteAdapters, Q: Tensor, tile: Tile) -> list[Tensor]:
-    """dX behind an activation, and dA; T has one share a group, which is 0."""
+    """dX behind an activation, and dA; T has one partial sum a group, which is 0."""
     from fastdlp.kernels.dual_lora_ops import fold_adapters
     from fastdlp.kernels.product import backward_product
 
     rows = len(o.x) if tile.form == "torch" else tile["BLOCK_M"]
     folded = fold_adapters(o.A, o.B, o.c, o.x.dtype)
-    T, shares = folded.shares(folded.use(0, 1, o.groups, len(o.x), rows))
+    T, dA = folded.partial_sums(folded.reserve((0, 1), o.groups, len(o.x), rows))
     T.zero_()
-    dx = backward_product(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION, shares, tile)
+    dx = backward_product(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION, dA, tile)
     return [dx, _summed(o, folded)[0]]
 
 
 def _activated_by_library(o: Operands, site: SiteAdapters, Q: Tensor) -> list[Tensor]:
     """The same in library products."""
-    from fastdlp.kernels.library_product import library_backward
+    from fastdlp.kernels.product import library_backward
 
     dx = library_backward(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION)
     h, q = ACTIVATIONS[ACTIVATION](o.x.float()), Q[:, : site.rank].float()
@@ -112,24 +112,24 @@ def _activated_by_library(o: Operands, site: SiteAdapters, Q: Tensor) -> list[Te
 
 
 def _adapter_gradients(o: Operands, low: Tensor, tile: Tile) -> list[Tensor]:
-    """Q, dA, dB and dc, the shares summed."""
+    """Q, dA, dB and dc, the partial sums added up."""
     from fastdlp.kernels.dual_lora_ops import fold_adapters
-    from fastdlp.kernels.gradients import Input, adapter_gradients
+    from fastdlp.kernels.gradients import LinearInput, adapter_gradients
 
     parts = o.A.shape[1]
     folded = fold_adapters(o.A, o.B, o.c, o.x.dtype)
-    shares = folded.shares(folded.use(0, parts, o.groups, tile["BLOCK_M"]))
-    Q = adapter_gradients(o.dy, low, folded.site(0, parts), o.groups, *shares, Input(o.x), tile)
+    partials = folded.partial_sums(folded.reserve((0, parts), o.groups, tile["BLOCK_M"]))
+    Q = adapter_gradients(o.dy, low, folded.site((0, parts)), o.groups, *partials, LinearInput(o.x), tile)
     return [Q, *_summed(o, folded)]
 
 
-def _summed(o: Operands, folded: Folded) -> list[Tensor]:
+def _summed(o: Operands, folded: FoldedAdapters) -> list[Tensor]:
     """dA, dB and dc."""
-    from fastdlp.kernels.dual_lora_ops import source_of
-    from fastdlp.kernels.fold import sum_shares
+    from fastdlp.kernels.dual_lora_ops import branch_tensors
+    from fastdlp.kernels.fold import sum_partials
 
     dA, dB, dc = (torch.empty_like(t) for t in (o.A, o.B, o.c))
-    sum_shares(source_of(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
+    sum_partials(branch_tensors(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
     return [dA, dB, dc]
 
 

@@ -1,4 +1,4 @@
-"""The activations of CLIP's MLPs, by the names that open_clip's configurations give them."""
+"""The activations of CLIP's MLPs, by their names in open_clip's configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x · sigmoid(1.702 x), keeping 1.702 x alone for the backward."""
+    """x · sigmoid(1.702 x), saving only 1.702 x for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -37,17 +37,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Kept(NamedTuple):
-    """An activation by what a hand-written backward keeps of its argument u: one tensor, in u's own memory."""
+class Recomputable(NamedTuple):
+    """An activation for a hand-written backward, which saves one tensor in the memory of its argument u."""
 
-    keep: Callable[[Tensor], Tensor]  # u, which is written over → what is kept
-    value: Callable[[Tensor], Tensor]  # kept → φ(u)
-    backward: Callable[[Tensor, Tensor], Tensor]  # dY, kept → dY · φ'(u)
+    saved: Callable[[Tensor], Tensor]  # u → what is saved, in place
+    value: Callable[[Tensor], Tensor]  # saved → φ(u)
+    backward: Callable[[Tensor, Tensor], Tensor]  # dY, saved → dY · φ'(u)
 
 
-KEPT: dict[str, Kept] = {
-    "none": Kept(lambda u: u, lambda u: u, lambda dy, u: dy),
-    "quick_gelu": Kept(lambda u: u.mul_(1.702), _quick_gelu, torch.ops.aten.silu_backward),
-    "gelu": Kept(lambda u: u, F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": Kept(lambda u: u, ACTIVATIONS["gelu_tanh"], partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+RECOMPUTABLE: dict[str, Recomputable] = {
+    "none": Recomputable(lambda u: u, lambda u: u, lambda dy, u: dy),
+    "quick_gelu": Recomputable(lambda u: u.mul_(1.702), _quick_gelu, torch.ops.aten.silu_backward),
+    "gelu": Recomputable(lambda u: u, F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Recomputable(
+        lambda u: u, ACTIVATIONS["gelu_tanh"], partial(torch.ops.aten.gelu_backward, approximate="tanh")
+    ),
 }

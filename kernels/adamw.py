@@ -1,20 +1,17 @@
 """AdamW over rows of stacked parameters: every row with its own learning rate, step count, clip norm and threshold.
 
 Two stacks are stepped together: the weights, whose gradients are clipped by each row's own 2-norm, and their gates,
-which are never clipped but thresholded after the step. For row i of the gradients, which belongs to slot s = slots[i]:
+which are not clipped but thresholded after the step. For row i of the gradients, which belongs to slot s = slots[i]:
 
     g ← g · min(1, clip_norm / (‖g‖ + 1e-6))                      weights only, and only with a clip norm
     m ← m + (1 − β₁)(g − m),   v ← β₂ v + (1 − β₂) g²
     p ← p (1 − lr_s · decay) − lr_s / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)      t = steps[s], this one included
     p ← T_ξ(p)                                                    gates only
 
-Two forms, one signature: `adamw_reference` is the arithmetic of `torch.optim.AdamW` and
-`torch.nn.utils.clip_grad_norm_` as torch operations over whole rows. `adamw_triton.adamw_fused` is one launch for
-weights and gates and a tiny one before it that counts the steps and computes the bias corrections in fp64; clipping
-takes another for the norms. Counting within the launch that steps would race, and norms by atomics would not be
-deterministic.
-
-Nothing here knows of clients or branches.
+`adamw_reference` is the arithmetic of `torch.optim.AdamW` and `torch.nn.utils.clip_grad_norm_` as torch operations over
+whole rows. `adamw_triton.adamw_fused`, with the same signature, is one launch for weights and gates after a small one
+that counts the steps and computes the bias corrections in fp64; clipping takes another for the norms. Counting in the
+launch that reads the steps would be a race, and atomics for the norms would not be deterministic.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows share."""
+    """Hyperparameters common to all rows."""
 
     clip_norm: float  # 0: no clipping
     threshold: str  # "soft" or "reference"
@@ -54,7 +51,7 @@ def adamw_reference(weights: Stack, gates: Stack, slots: Tensor, steps: Tensor, 
         weights: the stack that is clipped, [slots, D].
         gates: the stack that is thresholded, [slots, Q]; Q may be 0.
         slots: [n] int64 row numbers, each at most once.
-        steps: [slots] int64, steps done; counted up here.
+        steps: [slots] int64, steps done; incremented in place.
         xi: [slots] fp32 thresholds, not scaled by the learning rate.
     """
     weight_grads = weights.grads
@@ -81,7 +78,7 @@ def soft_threshold(v: Tensor, xi: Tensor) -> Tensor:
 
 
 def reference_threshold(v: Tensor, xi: Tensor) -> Tensor:
-    """What the authors' code does, in its order: shrink by ξ, then zero all below ξ. Its dead zone is 2ξ wide."""
+    """As in the authors' code: shrink by ξ, then zero all below ξ. Its dead zone is 2ξ wide."""
     v = torch.where(v > xi, v - xi, v)
     v = torch.where(v < -xi, v + xi, v)
     return torch.where(v.abs() < xi, torch.zeros_like(v), v)

@@ -1,8 +1,8 @@
-"""Adapters on a whole model: what `DualLoRALinear` takes the place of, and how all of them are told the same.
+"""Adapters on a whole model: replaces its linears by `DualLoRALinear`, and selects the views of all of them.
 
 adapt(model, ["attn", "c_fc", "c_proj"], ranks={"local": 4, "global": 2}, gated=["local"], slots=3)
 select(model, "local", "global", sizes=[8, 8, 5])    # 8 + 8, 8 + 8 and 5 + 5 samples: 42 in all
-select(model, ("local", "global"))                   # all see the sum of both; a third of them is each slot's
+select(model, ("local", "global"))                   # the sum of both for all; each slot has a third of the samples
 select(model, ())                                    # the frozen model
 """
 
@@ -19,17 +19,17 @@ from fastdlp.kernels.module import DualLoRALinear, LoRABranch, View, frozen_modu
 
 
 class DualLoRAProjection(DualLoRALinear):
-    """In place of a parameter [K, N] by which a model multiplies, `x @ projection`; its weight is the transpose."""
+    """Replaces a parameter [K, N] of a product `x @ projection`; its weight is the transpose."""
 
 
 class DualLoRAAttention(nn.Module):
-    """Self-attention with adapters on q, k, v, each its own, and on the output projection.
+    """Self-attention with separate adapters on q, k, v, and one on the output projection.
 
-    In place of an `nn.MultiheadAttention`, which packs q, k and v into a bare parameter and reads the weight of its
-    output projection without calling it, so that a module put there would be ignored.
+    Replaces an `nn.MultiheadAttention`, which packs q, k and v into a bare parameter and uses the weight of its output
+    projection without calling the module, so that a replacement of that would be ignored.
 
     Args:
-        attention: batch first, of one width, without dropout; its weights are taken over and frozen.
+        attention: batch first, of one width, without dropout; its weights are shared and frozen.
         options: as for `DualLoRALinear`.
     """
 
@@ -52,7 +52,7 @@ class DualLoRAAttention(nn.Module):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """[samples, T, width], thrice the same tensor → the same shape and None. Masks as nn.MultiheadAttention's."""
+        """[samples, T, width], three times the same tensor → the same shape, None. Masks as nn.MultiheadAttention's."""
         if key is not query or value is not query or query.ndim != 3:
             raise ValueError("DualLoRAAttention: query, key and value must be one tensor [samples, T, width]")
         if key_padding_mask is not None or need_weights:
@@ -79,11 +79,11 @@ class DualLoRAAttention(nn.Module):
 
 
 def adapt(model: nn.Module, targets: Sequence[str], **options: Any) -> nn.Module:
-    """Put adapters on a model, in place, and freeze the rest of it.
+    """Add adapters to a model, in place, and freeze all its other parameters.
 
     Args:
-        targets: what to adapt, by the last names of its path: each an nn.Linear, an nn.MultiheadAttention, or a
-            parameter [K, N] that the model multiplies by from the right (`x @ projection`).
+        targets: suffixes of the names of what to adapt: each an nn.Linear, an nn.MultiheadAttention, or a parameter
+            [K, N] that the model multiplies by from the right (`x @ projection`).
         options: as for `DualLoRALinear`.
 
     Returns:
@@ -91,7 +91,7 @@ def adapt(model: nn.Module, targets: Sequence[str], **options: Any) -> nn.Module
         `adapt(net.transformer, ["attn", "c_fc", "c_proj"], ...)` with `adapt(net, ["text_projection"], ...)`.
 
     Raises:
-        ValueError: a target that the model does not have, or one that cannot carry an adapter.
+        ValueError: a target that the model does not have, or one that cannot be adapted.
     """
     found: dict[str, Any] = {**dict(model.named_modules()), **dict(model.named_parameters())}
     chosen = {target: [name for name in found if f".{name}".endswith(f".{target}")] for target in targets}
@@ -114,16 +114,16 @@ def adapt(model: nn.Module, targets: Sequence[str], **options: Any) -> nn.Module
 
 
 def select(model: nn.Module, *views: View, sizes: Sequence[int] | None = None) -> None:
-    """`DualLoRALinear.select` on every adapted linear of a model; stays until it is said anew.
+    """`DualLoRALinear.select` on every adapted linear of a model, for all later calls.
 
-    Under activation checkpointing the backward computes the forward again: run it before the next `select`.
+    Under activation checkpointing the backward recomputes the forward: run it before the next `select`.
     """
     for _, layer in _layers(model):
         layer.select(*views, sizes=sizes)
 
 
 def branch_parameters(model: nn.Module, branch: str) -> dict[str, nn.Parameter]:
-    """All parameters of one branch by their names in the model's state: for an optimizer, a file, or FedAvg."""
+    """All parameters of one branch by their names in the model's state, for an optimizer, a file, or FedAvg."""
     return {
         f"{prefix}branches.{branch}.{name}": parameter
         for prefix, layer in _layers(model)
@@ -134,7 +134,7 @@ def branch_parameters(model: nn.Module, branch: str) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module, slot: int = 0, view: View | None = None) -> nn.Module:
     """The model without adapters, one slot's branches (None: all) folded into its weights; its children in place.
 
-    It has the modules and the state's names of the model before `adapt`; all its weights stay frozen.
+    It has the modules and state names of the model before `adapt`; all its weights stay frozen.
     """
     if isinstance(model, (DualLoRALinear, DualLoRAAttention)):
         return model.merged(slot, view)

@@ -1,4 +1,4 @@
-"""Which of the two forms runs: Triton's kernels, or the libraries that torch calls. Does not import Triton."""
+"""Choice of the backend: the Triton kernels, or torch's library calls. Does not import Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdlp.kernels.launch import is_dry
 
 BACKENDS = ("auto", "triton", "torch")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_RANK = 64  # of all parts and branches of one linear together: beyond, the tiles were not compiled and may spill
+MAX_RANK = 64  # of all parts and branches of one linear together; tiles were not compiled for more and may spill
 
 
 def interpreted() -> bool:
@@ -23,7 +23,7 @@ def interpreted() -> bool:
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int = 0) -> str:
     """ "triton" or "torch" for tensors of this device and dtype, and a rank over all parts and branches of a linear.
 
-    "auto" takes Triton on a GPU whose architecture has measured tiles in tiles.json, and torch otherwise.
+    "auto" is Triton on a GPU whose architecture has measured tiles in tiles.json, and torch otherwise.
 
     Raises:
         ValueError: an unknown backend, or "triton" where it cannot run; the message says why.
@@ -31,7 +31,7 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank:
     if backend == "torch":
         return backend
     if backend == "auto":
-        fits = device.type == "cuda" and dtype in DTYPES and rank <= LARGEST_RANK and _installed()
+        fits = device.type == "cuda" and dtype in DTYPES and rank <= MAX_RANK and _installed()
         return "triton" if fits and tiles.measured(device, dtype.itemsize) else "torch"
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(BACKENDS)}")
@@ -39,9 +39,9 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank:
         raise ValueError("the package triton is not installed: pip install triton, or use the backend torch")
     if dtype not in DTYPES:
         raise ValueError(f"Triton's kernels take fp32, fp16 and bf16, not {dtype}: use the backend torch")
-    if rank > LARGEST_RANK:
+    if rank > MAX_RANK:
         raise ValueError(
-            f"Triton's kernels take {LARGEST_RANK} ranks a linear over all parts and branches, not {rank}: "
+            f"Triton's kernels take {MAX_RANK} ranks a linear over all parts and branches, not {rank}: "
             "use the backend torch"
         )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -57,8 +57,8 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, rank:
     return backend
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of Dynamo: for a device and dtype the answer
-# never changes, so a compiled graph takes it as it is.
+# Set by torch.compiler.assume_constant_result, whose import would load all of Dynamo. The result is constant for a
+# device and dtype, so a compiled graph may inline it.
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,28 +1,26 @@
-"""The one operator of fastdlp: a frozen linear with a LoRA of its own for every group of rows.
+"""The operator of fastdlp: a frozen linear with a LoRA per group of rows.
 
     y = φ(n(x) Wᵀ + b + ((n(x) A_sᵀ) ⊙ c_g) B_sᵀ) + residual      for every row of group g, which belongs to slot s
 
-n is a frozen LayerNorm, φ an activation; both and the residual may be absent.
+n is a frozen LayerNorm, φ an activation; both and the residual are optional.
 
-Rows are sorted: slot by slot, and within a slot one group per *view* (a view is the set of branches that
-the row sees: local, global or both). All views of a slot have the same number of rows. `A` and `B` stack
-the branches along the rank; `c` [slots, views, parts, R] holds scale · gate, and zero where a view does not see
-a branch. So gates and branch masks never enter the large products (B' = B · diag(c) is made once), a gate at zero
-still has a gradient, and a masked branch gets exact zeros.
+Rows are sorted: slot by slot, and within a slot one group per *view*, the set of branches applied to the row (local,
+global or both). All views of a slot have the same number of rows. `A` and `B` concatenate the branches along the rank;
+`c` [slots, views, parts, R] is scale · gate, and zero where a view does not include a branch. So gates and branch masks
+never enter the large products (B' = B · diag(c) is computed once), a gate of zero still has a gradient, and a masked
+branch gets exact zeros.
 
 A linear may be *packed*: `parts` adapters over one weight of parts · N rows (q, k and v of attention).
 
-Three forms of it live here, beside each other:
+Implementations:
 
-- `dual_lora_reference`: the formula, group by group, differentiated by autograd. Slow and obvious.
-- the torch form: library products with their own backward. With P = x Aᵀ, B' = B · diag(c), T = dYᵀ P, Q = dY B':
+- `dual_lora_reference`: the formula, group by group, differentiated by autograd. Slow.
+- `dual_lora_torch`: library products with a manual backward. With P = x Aᵀ, B' = B · diag(c), T = dYᵀ P, Q = dY B':
       dX = dY W + Q A,   dA = Qᵀ X,   dB = T · diag(c),   dc = Σ_n B ⊙ T
-  Neighbouring slots with equally many rows go through one batched product.
-- the Triton form, `dual_lora_ops.py`: the same backward in kernels that fuse the adapters into the frozen product,
-  the norm into the product that makes P, and activation and residual into the epilogue. `half_blocks.py` also fuses
-  across the linears of a transformer block.
-
-Nothing here knows of clients, rounds or CLIP.
+  Consecutive slots of equal size are one batched product.
+- `dual_lora_ops.py`, in Triton: the same backward in kernels that fuse the adapters into the frozen product, the norm
+  into the product that computes P, and activation and residual into the epilogue. `half_blocks.py` also fuses across
+  the linears of a transformer block.
 """
 
 from __future__ import annotations
@@ -35,23 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.kernels import frozen
-from fastdlp.kernels.activation import ACTIVATIONS, KEPT
+from fastdlp.kernels.activation import ACTIVATIONS, RECOMPUTABLE
 from fastdlp.kernels.backend import choose_backend
 from fastdlp.kernels.frozen import FrozenLinear, Norm, frozen_linear, frozen_linear_backward
 from fastdlp.kernels.groups import RowGroups
 
-LARGE = 1 << 19  # entries of a group's x above which oneDNN's product was the faster one
-
-__all__ = [
-    "DualLoRAFunction",
-    "FrozenLinear",
-    "Norm",
-    "Recompute",
-    "RowGroups",
-    "dual_lora",
-    "dual_lora_recomputing",
-    "dual_lora_reference",
-]
+LARGE = 1 << 19  # entries of a group's x from which oneDNN's product is faster
 
 
 def dual_lora_reference(
@@ -64,12 +51,12 @@ def dual_lora_reference(
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The formula, literally. Arguments, shapes and errors as in `dual_lora`; gradients by autograd."""
+    """The formula as written. Arguments, shapes and errors as in `dual_lora`; gradients by autograd."""
     _check(x, linear, A, B, c, groups, residual)
     weight, bias, norm, activation = linear.weight, linear.bias, linear.norm, linear.activation
     if norm is not None:
-        centred = x - x.mean(1, keepdim=True)
-        x = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+        centered = x - x.mean(1, keepdim=True)
+        x = centered / (centered.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
     outputs = [x.new_zeros(0, weight.shape[0])]
     for slot, view, start, end in groups.groups():
         rows = x[start:end]
@@ -99,12 +86,12 @@ def dual_lora(
 
     Args:
         x: [M, K] rows sorted by group, in the compute dtype (fp64, fp32, bf16, fp16).
-        linear: weight [parts·N, K] and bias [parts·N] or None in the dtype of x; the norm that x passes first, if any;
+        linear: weight [parts·N, K] and bias [parts·N] or None in the dtype of x; the norm that is applied to x, if any;
             the activation of the sum of linear and LoRA: "none", "quick_gelu", "gelu" or "gelu_tanh".
         A: [slots, parts, R, K] down-projections, fp32 or the dtype of x.
         B: [slots, parts, N, R] up-projections.
         c: [slots, views, parts, R] rank-space scale (scale · gate · branch mask).
-        groups: the split of the M rows.
+        groups: the grouping of the M rows.
         residual: [M, parts·N] added at the end, or None.
         backend: "torch", "triton" (a CUDA GPU, or Triton's interpreter for tests; not fp64), or "auto": Triton where
             its tiles were measured on that GPU's architecture, torch elsewhere.
@@ -113,56 +100,55 @@ def dual_lora(
         [M, parts·N] in the dtype of x. Gradients flow to x, A, B, c and residual; never to weight, bias or norm.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, or a backend that cannot run here.
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
 
-    Products run in the dtype of x. In the torch form the gradients of A and B are sums accumulated in fp32 and rounded
-    once to that dtype; the Triton form keeps them in fp32.
+    Products run in the dtype of x. With torch the gradients of A and B are accumulated in fp32 and rounded once to that
+    dtype; Triton keeps them in fp32.
     """
-    return dual_lora_recomputing(x, linear, A, B, c, groups, residual=residual, backend=backend)[0]
+    _check(x, linear, A, B, c, groups, residual)
+    if choose_backend(backend, x.device, x.dtype, A.shape[1] * A.shape[2]) == "torch":
+        return dual_lora_torch(x, linear, A, B, c, groups, residual)[0]
+    from fastdlp.kernels.dual_lora_ops import dual_lora_fused
+
+    return dual_lora_fused(x, linear, A, B, c, groups, residual)
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """How an input is made again: by an activation from what that one keeps. So it is not kept itself, and what is kept
-    serves two linears."""
+    """How to recompute the output of an activation from what that saves, so that the next linear need not save it."""
 
-    kept: Tensor  # see `activation.Kept`
+    saved: Tensor  # see `activation.Recomputable`
     activation: str
 
 
-def dual_lora_recomputing(
+def dual_lora_torch(
     x: Tensor,
     linear: FrozenLinear,
     A: Tensor,
     B: Tensor,
     c: Tensor,
     groups: RowGroups,
-    *,
     residual: Tensor | None = None,
-    backend: str = "auto",
-    made: Recompute | None = None,
+    recompute: Recompute | None = None,
 ) -> tuple[Tensor, Recompute | None]:
-    """`dual_lora`, and how its result is made again by the linear that takes it, as that one's `made`.
+    """`dual_lora` on the torch backend, without its checks.
 
-    `made` says how x was made. The Triton form keeps φ' and x themselves, which it reads in its products: it
-    returns None, and `made` changes nothing there.
+    Args:
+        recompute: how the backward recomputes x; None: x is saved.
+
+    Returns:
+        The output, and the `recompute` of the next linear, if there is an activation.
     """
-    _check(x, linear, A, B, c, groups, residual)
-    if choose_backend(backend, x.device, x.dtype, A.shape[1] * A.shape[2]) == "triton":
-        from fastdlp.kernels.dual_lora_ops import dual_lora_fused
-
-        return dual_lora_fused(x, linear, A, B, c, groups, residual), None
-    source, by = (None, "none") if made is None else (made.kept, made.activation)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, c, residual))
-    y, u = DualLoRAFunction.apply(x, linear, A, B, c, groups, residual, source, by, keep)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, c, residual))
+    y, u = DualLoRAFunction.apply(x, linear, A, B, c, groups, residual, recompute, save)
     return y, None if u is None else Recompute(u, linear.activation)
 
 
 class DualLoRAFunction(torch.autograd.Function):
-    """`dual_lora` in the torch form, with the backward of the module's docstring.
+    """`dual_lora_torch`, with the backward of the module's docstring.
 
-    Saves x as it came (or what an activation makes it from), the norm's two figures a row, P, what φ keeps, and the
-    adapters. What a norm or an activation gives is made again: a pass over memory, where a product would be dear.
+    Saves x or what it is recomputed from, the norm's two statistics per row, P, what φ saves, and the adapters. Outputs
+    of norms and activations are recomputed: a pass over memory, where a product would be expensive.
     """
 
     @staticmethod
@@ -175,13 +161,12 @@ class DualLoRAFunction(torch.autograd.Function):
         c: Tensor,
         groups: RowGroups,
         residual: Tensor | None,
-        source: Tensor | None,
-        made_by: str,
-        keep: bool,
+        recompute: Recompute | None,
+        save: bool,
     ) -> tuple[Tensor, Tensor | None]:
         slots, parts, rank, width = A.shape
         out = B.shape[2]
-        norm, activation = linear.norm, linear.activation
+        norm, phi = linear.norm, RECOMPUTABLE[linear.activation]
         h = x
         stats: list[Tensor] = []
         if norm is not None:
@@ -198,18 +183,18 @@ class DualLoRAFunction(torch.autograd.Function):
             target = u[m0:m1].view(n * v, size, parts, out)
             for part in range(parts):
                 target[:, :, part].baddbmm_(p[:, :, part], up[s0:s1, :, part].flatten(0, 1))
-        u = KEPT[activation].keep(u)
-        y = KEPT[activation].value(u)
+        u = phi.saved(u)
+        y = phi.value(u)
         if residual is not None:
             y.add_(residual)
-        if not keep:
+        if not save:
             return y, None
-        ctx.groups, ctx.linear, ctx.made_by = groups, linear, made_by
+        ctx.groups, ctx.linear, ctx.phi = groups, linear, phi
+        ctx.phi_of_x = RECOMPUTABLE["none" if recompute is None else recompute.activation]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x if source is None else source, linear.weight, A, B, c, P, None if activation == "none" else u, *stats
-        )
-        if activation == "none":
+        source, activated = x if recompute is None else recompute.saved, linear.activation != "none"
+        ctx.save_for_backward(source, linear.weight, A, B, c, P, u if activated else None, *stats)
+        if not activated:
             return y, None
         ctx.mark_non_differentiable(u)
         return y, u
@@ -222,24 +207,24 @@ class DualLoRAFunction(torch.autograd.Function):
         slots, parts, rank, width = A.shape
         out = B.shape[2]
         if grads[0] is None:
-            return (None,) * 10
+            return (None,) * 9
         dy = grads[0].contiguous()
-        du = dy if u is None else KEPT[ctx.linear.activation].backward(dy, u)
+        du = dy if u is None else ctx.phi.backward(dy, u)
         down = A.to(dy.dtype).reshape(slots, parts * rank, width)
         up = _gated(B, c, dy.dtype)
         need_x = ctx.needs_input_grad[0]
         need_a, need_b, need_c = ctx.needs_input_grad[2:5]
-        x = KEPT[ctx.made_by].value(source) if need_a or norm is not None else source
+        x = ctx.phi_of_x.value(source) if need_a or norm is not None else source
         h = x if norm is None or not need_a else F.layer_norm(x, (width,), norm.weight, norm.bias, norm.eps)
 
         dh = frozen_linear_backward(du, weight) if need_x else None
-        # A slot without rows is in no run, so its gradients stay exact zeros.
+        # A slot without rows is in no run, so its gradients stay zero.
         dA = du.new_zeros(slots, parts * rank, width) if need_a else None
         T = du.new_zeros(slots, groups.views, parts, rank, out) if need_b or need_c else None
         for s0, s1, m0, m1, size in groups.runs:
             n, v = s1 - s0, groups.views
             g = du[m0:m1].view(n * v, size, parts, out)
-            if T is not None:  # P's few columns on the left: a CPU's library takes six times as long for dYᵀ P
+            if T is not None:  # P's few columns on the left: dYᵀ P takes six times as long on a CPU
                 t = _columns_by_rows(P[m0:m1].view(n * v, size, -1), g.flatten(2), parts)
                 T[s0:s1] = t.view(n, v, parts, rank, out)
             Q = du.new_empty(n * v, size, parts, rank)
@@ -254,10 +239,8 @@ class DualLoRAFunction(torch.autograd.Function):
 
         dx = dh
         if dh is not None and norm is not None:
-            wanted = [True, False, False]
-            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-                dh, x, (width,), *stats, norm.weight, norm.bias, wanted
-            )
+            frozen_norm = (norm.weight, norm.bias, [True, False, False])
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(dh, x, (width,), *stats, *frozen_norm)
         dA_ = dA.view_as(A).to(A.dtype) if dA is not None else None
         dB_ = dc_ = None
         if T is not None:
@@ -267,14 +250,14 @@ class DualLoRAFunction(torch.autograd.Function):
             if need_c:
                 dc_ = (T * B.mT[:, None]).sum(4).to(c.dtype)
         residual = dy if ctx.needs_input_grad[6] else None
-        return dx, None, dA_, dB_, dc_, None, residual, None, None, None
+        return dx, None, dA_, dB_, dc_, None, residual, None, None
 
 
 def _columns_by_rows(p: Tensor, x: Tensor, parts: int) -> Tensor:
     """pᵀ x of every group and part: p [groups, M, parts · r], x [groups, M, parts · N] → [groups, parts, r, N].
 
-    Large fp32 products of few columns go to oneDNN on a CPU, since torch's library takes five times as long for them;
-    those of one part with another's columns are computed as well and dropped.
+    On a CPU large fp32 products of few columns use oneDNN, because they take five times as long in torch's library; it
+    also computes the products of one part with another's columns, which are dropped.
     """
     if parts == 1 and not _large_on_cpu(x):
         return torch.bmm(p.mT, x)[:, None]
@@ -292,8 +275,8 @@ def _large_on_cpu(x: Tensor) -> bool:
 
 def _gated(B: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """(B · diag(c))ᵀ, one per view: [slots, views, parts, R, N], multiplied before it is rounded."""
-    turned = B.mT.contiguous() if B.device.type == "cpu" else B.mT  # a CPU's library takes a quarter of the time then
-    return (turned[:, None] * c[..., None]).to(dtype)
+    B_t = B.mT.contiguous() if B.device.type == "cpu" else B.mT  # makes the products four times as fast on a CPU
+    return (B_t[:, None] * c[..., None]).to(dtype)
 
 
 def _check(

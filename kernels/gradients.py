@@ -1,4 +1,4 @@
-"""What the adapters need of dY, and dA, in one pass over the rows. Conventions as in `product.py`."""
+"""Q = dY B' and the partial sums of the adapters' gradients in one pass over dY. Conventions as in `product.py`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastdlp.kernels.frozen import Norm
 from fastdlp.kernels.groups import RowGroups, chunks
-from fastdlp.kernels.launch import launch, precision
+from fastdlp.kernels.launch import launch, precision, row_stride
 from fastdlp.kernels.low_rank import SiteAdapters
-from fastdlp.kernels.norm import poisoned
+from fastdlp.kernels.norm import load_nan_flag
 from fastdlp.kernels.product import COUNTS
 from fastdlp.kernels.tiles import Tile, tile_for
 
@@ -22,7 +22,7 @@ def adapter_gradients_kernel(
     dy_ptr,
     p_ptr,
     up_ptr,
-    poison_ptr,
+    nan_flag_ptr,
     x_ptr,
     stats_ptr,
     norm_weight_ptr,
@@ -38,14 +38,14 @@ def adapter_gradients_kernel(
     stride_dym,
     stride_xm,
     stride_up,
-    stride_poison,
+    stride_flag,
     PARTS: tl.constexpr,
     VIEWS: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    POISONS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    FLAGS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     HAS_T: tl.constexpr,
     HAS_DA: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -56,58 +56,58 @@ def adapter_gradients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Q = dY B' of a chunk of a group's rows, and its shares of T = dYᵀ P and dA = Qᵀ x, if wanted. Grid (chunks,).
+    """Q = dY B' of a chunk of a group's rows, and its partial sums of T = dYᵀ P and dA = Qᵀ x. Grid (chunks,).
 
-    Both products are computed transposed, dY as their right operand: read either way it keeps one layout in shared
-    memory, so its copies run ahead of the products on every architecture.
+    Both products are computed transposed, with dY as the right operand: it then has the same layout in shared memory
+    for both, so its copies are pipelined on every architecture.
 
-    HAS_NORM: x is recomputed from the rows before a LayerNorm and their `stats`, so that it need not be kept.
+    HAS_NORM: x is recomputed from the input of a LayerNorm and its `stats`, so that it need not be saved.
 
-    4·M·parts·N·RP + 2·M·K·L FLOP; reads 2·M·(parts·N + K + L) bytes (bf16), writes 2·M·L of Q and 4·parts·R·(N + K) a
-    chunk of shares, which `sum_shares_kernel` reads again: each a share of 2·R / BLOCK_M of dY and x.
+    4·M·parts·N·RP + 2·M·K·L FLOPs; reads 2·M·(parts·N + K + L) bytes (bf16), writes 2·M·L of Q and 4·parts·R·(N + K)
+    of partial sums per chunk, which `sum_partials_kernel` reads: 2·R / BLOCK_M of the bytes of dY and x for each.
     """
     chunk = tl.program_id(0)
     group = tl.load(chunk_ptr + chunk).to(tl.int64)
     start = tl.load(chunk_ptr + chunks + chunk).to(tl.int64)
     m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    here = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start
+    in_m = m < tl.load(chunk_ptr + 2 * chunks + chunk) - start
     L: tl.constexpr = PARTS * BLOCK_R
-    poison = poisoned(poison_ptr, group // VIEWS, stride_poison, POISONS, BLOCK_P)
-    low_at = start * L + (m[None, :] * L + r[:, None])
+    nan_flag = load_nan_flag(nan_flag_ptr, group // VIEWS, stride_flag, FLAGS, BLOCK_F)
+    low_offsets = start * L + (m[None, :] * L + r[:, None])
     dy_ptrs = dy_ptr + start * stride_dym + (m[:, None] * stride_dym + n[None, :])
     up_ptrs = up_ptr + group * stride_up + (r[:, None] * N + n[None, :])
-    t_at = chunk.to(tl.int64) * PARTS * R * N + (r[:, None] * N + n[None, :])
+    t_offsets = chunk.to(tl.int64) * PARTS * R * N + (r[:, None] * N + n[None, :])
     for part in range(PARTS):
-        p = tl.load(p_ptr + low_at + part * BLOCK_R, mask=here[None, :], other=0.0)
+        p = tl.load(p_ptr + low_offsets + part * BLOCK_R, mask=in_m[None, :], other=0.0)
         q = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
         for n0 in range(0, N, BLOCK_N):
             in_n = n < N - n0
-            dy = tl.load(dy_ptrs + n0, mask=here[:, None] if EVEN_N else here[:, None] & in_n[None, :], other=0.0)
+            dy = tl.load(dy_ptrs + n0, mask=in_m[:, None] if EVEN_N else in_m[:, None] & in_n[None, :], other=0.0)
             up = tl.load(up_ptrs + n0) if EVEN_N else tl.load(up_ptrs + n0, mask=in_n[None, :], other=0.0)
             q = tl.dot(up, tl.trans(dy), q, input_precision=PRECISION)
             if HAS_T:
                 t = tl.dot(p, dy, input_precision=PRECISION)
                 mask = (r < R)[:, None] if EVEN_N else (r < R)[:, None] & in_n[None, :]
-                tl.store(t_ptr + t_at + n0, t, mask=mask)
-        tl.store(q_ptr + low_at + part * BLOCK_R, q + poison, mask=here[None, :])
+                tl.store(t_ptr + t_offsets + n0, t, mask=mask)
+        tl.store(q_ptr + low_offsets + part * BLOCK_R, q + nan_flag, mask=in_m[None, :])
         dy_ptrs += N
         up_ptrs += BLOCK_R * N
-        t_at += R * N
+        t_offsets += R * N
     if HAS_DA:
-        tl.debug_barrier()  # the columns of Q were written by other threads of this program
+        tl.debug_barrier()  # other threads of this program wrote the columns of Q
         l, k = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_K)
         q_ptrs = q_ptr + start * L + (m[None, :] * L + l[:, None])
-        q_all = tl.load(q_ptrs, mask=here[None, :] & (l < L)[:, None], other=0.0)
+        q_all = tl.load(q_ptrs, mask=in_m[None, :] & (l < L)[:, None], other=0.0)
         row = l // BLOCK_R * R + l % BLOCK_R  # without padding
         stored = ((l < L) & (l % BLOCK_R < R))[:, None]
         x_ptrs = x_ptr + start * stride_xm + (m[:, None] * stride_xm + k[None, :])
         da_ptrs = da_ptr + chunk.to(tl.int64) * PARTS * R * K + (row[:, None] * K + k[None, :])
         if HAS_NORM:
-            mean = tl.load(stats_ptr + start + m, mask=here, other=0.0)[:, None]
-            rstd = tl.load(stats_ptr + M + start + m, mask=here, other=0.0)[:, None]
+            mean = tl.load(stats_ptr + start + m, mask=in_m, other=0.0)[:, None]
+            rstd = tl.load(stats_ptr + M + start + m, mask=in_m, other=0.0)[:, None]
         for k0 in range(0, K, BLOCK_K):
             in_k = k < K - k0
-            x = tl.load(x_ptrs + k0, mask=here[:, None] if EVEN_K else here[:, None] & in_k[None, :], other=0.0)
+            x = tl.load(x_ptrs + k0, mask=in_m[:, None] if EVEN_K else in_m[:, None] & in_k[None, :], other=0.0)
             if HAS_NORM:
                 weight = tl.load(norm_weight_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
                 bias = tl.load(norm_bias_ptr + k0 + k, mask=in_k, other=0.0).to(tl.float32)
@@ -117,11 +117,8 @@ def adapter_gradients_kernel(
 
 
 @dataclass(frozen=True)
-class Input:
-    """What a linear's input x [M, K] is recomputed from: x itself, or the rows before a norm.
-
-    stats: [2, M] fp32 (mean, 1/σ), with a norm.
-    """
+class LinearInput:
+    """A linear's input x [M, K], or the input and stats [2, M] fp32 (mean, 1/σ) of the norm that recomputes it."""
 
     rows: Tensor
     norm: Norm | None = None
@@ -129,7 +126,7 @@ class Input:
 
 
 def gradients_tile(dy_like: Tensor, rows: int, out: int, width: int) -> Tile:
-    """The tile of `adapter_gradients`: its BLOCK_M is the rows of a chunk, which shares are reserved by."""
+    """The tile of `adapter_gradients`; its BLOCK_M is the rows of a chunk, which share a partial sum."""
     return tile_for("adapter_gradients", dy_like.device, dy_like.dtype.itemsize, rows, out, width)
 
 
@@ -140,50 +137,40 @@ def adapter_gradients(
     groups: RowGroups,
     T: Tensor | None = None,
     dA: Tensor | None = None,
-    x: Input | None = None,
+    x: LinearInput | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Q [M, L] from dy [M, parts·N] and P [M, L].
 
     Args:
-        T: [chunks, parts, R, N] fp32, to which the shares of T go, or None. dA: [chunks, parts, R, K] likewise.
-        x: the linear's input, from which dA is computed.
+        T: [chunks, parts, R, N] fp32, to which the partial sums of T are written, or None. dA: [chunks, parts, R, K]
+            likewise.
+        x: the linear's input; required with dA.
     """
     parts, out, rows, width = site.parts, site.out, len(dy), site.down.shape[2]
     tile = tile or gradients_tile(dy, rows, parts * out, width)
-    cut = chunks(groups, tile["BLOCK_M"], dy.device)
+    row_chunks = chunks(groups, tile["BLOCK_M"], dy.device)
     Q = dy.new_empty(rows, P.shape[1])
-    norm = None if x is None else x.norm
+    x_rows, norm, stats = (None, None, None) if x is None else (x.rows, x.norm, x.stats)
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    inputs, outputs = (dy, P, site.up, site.nan_flag, x_rows, stats, weight, bias), (Q, T, dA)
+    sizes = (row_chunks.count, rows, out, width)
+    strides = (dy.stride(0), row_stride(x_rows), site.up.stride(0), site.nan_flag.stride(0))
     launch(
         adapter_gradients_kernel,
-        (cut.count,),
-        dy,
-        P,
-        site.up,
-        site.poison,
-        None if x is None else x.rows,
-        None if x is None else x.stats,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        Q,
-        T,
-        dA,
-        cut.table,
-        cut.count,
-        rows,
-        out,
-        width,
-        dy.stride(0),
-        0 if x is None else x.rows.stride(0),
-        site.up.stride(0),
-        site.poison.stride(0),
+        (row_chunks.count,),
+        *inputs,
+        *outputs,
+        row_chunks.table,
+        *sizes,
+        *strides,
         PARTS=parts,
         VIEWS=groups.views,
         R=site.rank,
         BLOCK_R=site.padded_rank,
         BLOCK_L=triton.next_power_of_2(P.shape[1]),
-        POISONS=site.poison.shape[1],
-        BLOCK_P=triton.next_power_of_2(site.poison.shape[1]),
+        FLAGS=site.nan_flag.shape[1],
+        BLOCK_F=triton.next_power_of_2(site.nan_flag.shape[1]),
         HAS_T=T is not None,
         HAS_DA=dA is not None,
         HAS_NORM=norm is not None,

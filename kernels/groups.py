@@ -1,25 +1,50 @@
-"""How the rows of a batch belong to groups, and the tables by which a kernel finds its way in them.
+"""The grouping of a batch's rows, and the tables that give it to the kernels.
 
 Rows are sorted: slot by slot, and within a slot one group per *view*. All views of a slot have the same number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.tables import RECENT, device_table
-
 Run = tuple[int, int, int, int, int]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CACHED_TABLES = 1024  # of each kind; at 32,000 rows the largest kind takes 128 KB each
+
+
+def device_table(build: Callable[P, T]) -> Callable[P, T]:
+    """Cache what `build` returned for its latest CACHED_TABLES arguments, so that a step copies nothing from the host.
+
+    Those that a CUDA graph captured are kept permanently, because a graph reads them by their addresses. Building a
+    table copies from the host, which is not allowed during capture: the same step has to run once before its capture.
+    """
+    recent = lru_cache(CACHED_TABLES)(build)
+    captured: dict[object, T] = {}
+
+    @wraps(build)
+    def table(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = args, *kwargs.items()
+        if captured and key in captured:
+            return captured[key]
+        result = recent(*args, **kwargs)  # type: ignore[arg-type]
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            captured[key] = result
+        return result
+
+    return table
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """How the rows of a batch are split: `sizes[s]` rows in every view of slot s, `views` groups a slot."""
+    """The rows of a batch by group: `sizes[s]` rows in every view of slot s, `views` groups per slot."""
 
     sizes: tuple[int, ...]
     views: int = 1
@@ -32,16 +57,16 @@ class RowGroups:
 
     @property
     def rows(self) -> int:
-        """Rows in all: views · Σ sizes."""
+        """Total rows: views · Σ sizes."""
         return self.views * sum(self.sizes)
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """Neighbouring slots of one size, as (first slot, end slot, first row, end row, size); none is empty."""
+        """Consecutive slots of equal size, as (first slot, end slot, first row, end row, size); none is empty."""
         return _runs(self)
 
     def times(self, tokens: int) -> RowGroups:
-        """The same groups where every row has become `tokens` rows."""
+        """The same groups with `tokens` rows for every row."""
         return self if tokens == 1 else RowGroups(tuple(n * tokens for n in self.sizes), self.views)
 
     def groups(self) -> Iterator[tuple[int, int, int, int]]:
@@ -54,11 +79,11 @@ class RowGroups:
 
     @property
     def by_slot(self) -> RowGroups:
-        """The same rows where a slot's views are one group."""
+        """The same rows with all views of a slot as one group."""
         return RowGroups(tuple(n * self.views for n in self.sizes))
 
 
-@lru_cache(RECENT)
+@lru_cache(CACHED_TABLES)
 def _runs(groups: RowGroups) -> tuple[Run, ...]:
     runs: list[Run] = []
     row = slot = 0
@@ -75,10 +100,10 @@ def _runs(groups: RowGroups) -> tuple[Run, ...]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Groups cut into runs of at most `block` rows, none of which crosses a group.
+    """Groups split into runs of at most `block` rows, none of which crosses a group.
 
     table: [3, count] int32, of (group, first row, end row). bounds: [groups + 1] int32, the first chunk of every
-    group; one without rows has none.
+    group; a group without rows has no chunk.
     """
 
     table: Tensor
@@ -95,11 +120,11 @@ def row_group(groups: RowGroups, device: torch.device) -> Tensor:
 
 @device_table
 def chunks(groups: RowGroups, block: int, device: torch.device) -> Chunks:
-    """Cut `groups` into chunks of `block` rows."""
+    """Split `groups` into chunks of `block` rows."""
     rows: list[tuple[int, int, int]] = []
     bounds = [0]
     for number, (_, _, first, end) in enumerate(groups.groups()):
-        rows += [(number, at, min(at + block, end)) for at in range(first, end, block)]
+        rows += [(number, row, min(row + block, end)) for row in range(first, end, block)]
         bounds.append(len(rows))
     table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).T.contiguous()
     return Chunks(table.to(device), torch.tensor(bounds, dtype=torch.int32).to(device), len(rows))

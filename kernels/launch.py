@@ -22,12 +22,12 @@ class Launch:
     options: dict[str, Any]
 
 
-# A plain global and no context variable: on a GPU the backward runs in threads of autograd's own.
+# A plain global and not a context variable: on a GPU the backward runs in autograd's own threads.
 _recorder: tuple[list[Launch], bool] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Any, *operands: Any, **options: Any) -> None:
-    """Launch on the device of the first operand, a tensor or a tensor descriptor; nothing to do for an empty grid."""
+    """Launch on the device of the first operand, a tensor or a tensor descriptor; an empty grid is skipped."""
     if not math.prod(grid):
         return
     if _recorder is not None:
@@ -37,18 +37,18 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Any, *operands: Any, **opt
             return
     tensor: Tensor = first if isinstance(first, Tensor) else first.base
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-        # Triton 3.10 turns this off by default; the bits and the registers here are those with it.
+        # Triton 3.10 disables it by default; results and register counts here assume it.
         kernel[grid](first, *operands, enable_fp_fusion=True, **options)
 
 
 def is_dry() -> bool:
-    """Whether launches are only listed here, so that no device is needed for them."""
+    """Whether launches are only recorded, so that no device is needed for them."""
     return _recorder is not None and _recorder[1]
 
 
 @contextmanager
 def recording(dry: bool = False) -> Iterator[list[Launch]]:
-    """List what is launched inside; with `dry` nothing is, so operands may be on the device "meta"."""
+    """Record the launches inside; with `dry` nothing runs, so operands may be on the device "meta"."""
     global _recorder
     before = _recorder
     launches: list[Launch] = []
@@ -59,9 +59,9 @@ def recording(dry: bool = False) -> Iterator[list[Launch]]:
         _recorder = before
 
 
-def tiles_of(size: int, block: int) -> int:
-    """How many blocks cover a size."""
-    return -(-size // block)
+def row_stride(tensor: Tensor | None) -> int:
+    """Elements between rows, 0 without a tensor."""
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def precision(x: Tensor) -> str:
@@ -71,5 +71,5 @@ def precision(x: Tensor) -> str:
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where neighbours of a row are not neighbours in memory."""
+    """The tensor, copied only if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

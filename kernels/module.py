@@ -1,13 +1,13 @@
-"""The dual-LoRA operator as a module, for models of one's own and a training loop of one's own.
+"""The dual-LoRA operator as a module, for any model and training loop.
 
-    y = x Wᵀ + b + Σ s · ((x Aᵀ) ⊙ gate) Bᵀ      over the branches that the row sees; s = alpha / rank
+    y = x Wᵀ + b + Σ s · ((x Aᵀ) ⊙ gate) Bᵀ      over the branches of the row's view; s = alpha / rank
 
-`DualLoRALinear` takes the place of an `nn.Linear`; `adapt.py` puts it on a whole model. It holds `slots` independent
-sets of adapters (a client, a user, a run of a sweep), each with the same named branches; one call serves them all.
-Which rows belong to whom is said by samples, the entries of x's first dimension: slot by slot, and within a slot *view*
-by view, a view being the branches that its samples see, summed.
+`DualLoRALinear` replaces an `nn.Linear`; `adapt.py` replaces those of a whole model. It has `slots` independent sets of
+adapters (a client, a user, a run of a sweep), each with the same named branches, all applied in one call. The samples,
+entries of x's first dimension, are sorted slot by slot, and within a slot *view* by view; a view is the set of branches
+that are summed for its samples.
 
-Nothing here knows of rounds or of CLIP; optimizer, averaging and thresholds of gates are the caller's.
+Optimizer, averaging and thresholds of gates are up to the caller.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastdlp.kernels.dual_lora import FrozenLinear, dual_lora
 from fastdlp.kernels.groups import RowGroups
 
 INITS = ("gaussian", "peft-gaussian", "kaiming")
-View = str | Sequence[str]  # a branch, or several that are summed; none: the frozen linear
+View = str | Sequence[str]  # a branch, or several that are summed; empty: the frozen linear
 
 
 class LoRABranch(nn.Module):
     """One branch of all slots: A [slots, parts, r, K], B [slots, parts, N, r] and, if gated, gate [slots, parts, r].
 
-    Every slot starts from the same draw: A by `init`, gate ~ N(0, 1), B = 0. The parameters are at least fp32,
-    whatever the dtype of the frozen weight.
+    Every slot starts from the same values: A by `init`, gate ~ N(0, 1), B = 0. The parameters are at least fp32 for any
+    dtype of the frozen weight.
     """
 
     gate: nn.Parameter | None
@@ -57,20 +57,20 @@ class LoRABranch(nn.Module):
 
 
 class DualLoRALinear(nn.Module):
-    """A frozen linear with low-rank branches of its own for every slot.
+    """A frozen linear with separate low-rank branches for every slot.
 
     Args:
-        linear: its weight [parts·N, K] and bias are taken over, not copied, and frozen.
+        linear: its weight [parts·N, K] and bias are shared, not copied, and frozen.
         ranks: rank of every branch by name.
         alpha: scale of a branch times its rank.
-        gated: branches with a trained gate in the rank space, as SoRA has it.
+        gated: branches with a trained gate in the rank space, as in SoRA.
         slots: independent sets of adapters.
-        parts: adapters over a packed weight, such as 3 over q, k and v.
+        parts: adapters over a packed weight, e.g. 3 over q, k and v.
         init: of A. "gaussian": N(0, 1/r), variance 1/r; "peft-gaussian": standard deviation 1/r; "kaiming": uniform in
             ±1/sqrt(K), PEFT's default.
         backend: as for `dual_lora`.
 
-    The state holds `weight` and `bias`, as nn.Linear's does, and `branches.{name}.A`, `.B` and `.gate`.
+    The state has `weight` and `bias`, as nn.Linear's, and `branches.{name}.A`, `.B` and `.gate`.
     """
 
     branches: Mapping[str, LoRABranch]
@@ -100,21 +100,21 @@ class DualLoRALinear(nn.Module):
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        made = {
+        branches = {
             name: LoRABranch(self.weight, r, alpha=alpha, gated=name in gated, slots=slots, parts=parts, init=init)
             for name, r in ranks.items()
         }
-        self.branches = nn.ModuleDict(made)  # type: ignore[assignment]
+        self.branches = nn.ModuleDict(branches)  # type: ignore[assignment]
         self.slots, self.backend = slots, backend
         self.select()
 
     def select(self, *views: View, sizes: Sequence[int] | None = None) -> None:
-        """What the samples of every later call see; without views, all branches.
+        """Set the views of the samples for later calls; without views, all branches.
 
         Args:
             views: a branch's name, or a tuple of names that are summed. Several views split the samples of a slot into
                 equal groups, in this order.
-            sizes: samples of every slot in each view. None: an equal share of each batch for every slot.
+            sizes: samples of every slot in each view. None: equally many for every slot.
         """
         self.views = self._views(views)
         self.sizes = None if sizes is None else tuple(sizes)
@@ -127,10 +127,10 @@ class DualLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, views: Sequence[View] | None = None, sizes: Sequence[int] | None = None) -> Tensor:
         """[samples, ..., K] → [samples, ..., N]; `views` and `sizes` for this call only, as in `select`."""
-        seen_by = self.views if views is None else self._views(views)
-        groups = self._groups(x, len(seen_by), self.sizes if sizes is None else tuple(sizes))
-        seen = {name: branch for name, branch in self.branches.items() if any(name in view for view in seen_by)}
-        if not seen:
+        selected = self.views if views is None else self._views(views)
+        groups = self._groups(x, len(selected), self.sizes if sizes is None else tuple(sizes))
+        active = {name: branch for name, branch in self.branches.items() if any(name in view for view in selected)}
+        if not active:
             return F.linear(x, self.weight, self.bias)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -138,15 +138,14 @@ class DualLoRALinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        A = torch.cat([branch.A for branch in seen.values()], dim=2)
-        B = torch.cat([branch.B for branch in seen.values()], dim=3)
-        scales = {name: branch.scales() for name, branch in seen.items()}
-        by_view = [[s if name in view else torch.zeros_like(s) for name, s in scales.items()] for view in seen_by]
+        A = torch.cat([branch.A for branch in active.values()], dim=2)
+        B = torch.cat([branch.B for branch in active.values()], dim=3)
+        scales = {name: branch.scales() for name, branch in active.items()}
+        by_view = [[s if name in view else torch.zeros_like(s) for name, s in scales.items()] for view in selected]
         c = torch.stack([torch.cat(row, dim=2) for row in by_view], dim=1)
         rows = x.reshape(groups.rows, x.shape[-1])
-        return dual_lora(rows, FrozenLinear(weight, bias), A, B, c, groups, backend=self.backend).view(
-            *x.shape[:-1], -1
-        )
+        y = dual_lora(rows, FrozenLinear(weight, bias), A, B, c, groups, backend=self.backend)
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self, slot: int = 0, view: View | None = None) -> nn.Linear:
@@ -160,7 +159,7 @@ class DualLoRALinear(nn.Module):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`x @ layer` calls the layer: open_clip multiplies by whatever projection is not an nn.Linear."""
+        """`x @ layer` calls the layer: open_clip multiplies by a projection that is not an nn.Linear."""
         if function not in (Tensor.__matmul__, Tensor.matmul, torch.matmul) or not isinstance(args[1], cls):
             return NotImplemented
         return args[1](args[0])
@@ -173,20 +172,18 @@ class DualLoRALinear(nn.Module):
         return f"{self.in_features} → {self.out_features}, {', '.join(ranks)}, slots={self.slots}"
 
     def _views(self, views: Sequence[View]) -> tuple[tuple[str, ...], ...]:
-        """Every view as a tuple of known names; all branches in one where there is none."""
-        found = tuple((view,) if isinstance(view, str) else tuple(dict.fromkeys(view)) for view in views)
-        for view in found:
+        """Every view as a tuple of checked names; without views, one of all branches."""
+        names = tuple((view,) if isinstance(view, str) else tuple(dict.fromkeys(view)) for view in views)
+        for view in names:
             for name in view:
                 self.branch(name)
-        return found or (tuple(self.branches),)
+        return names or (tuple(self.branches),)
 
     def _groups(self, x: Tensor, views: int, sizes: tuple[int, ...] | None) -> RowGroups:
         samples = x.shape[0] if x.ndim > 1 else 1
         if sizes is None:
             if samples % (self.slots * views):
-                raise ValueError(
-                    f"{samples} samples have no equal share for {self.slots} slots, {views} views: say sizes"
-                )
+                raise ValueError(f"{samples} samples do not divide into {self.slots} slots, {views} views: pass sizes")
             sizes = (samples // (self.slots * views),) * self.slots
         if len(sizes) != self.slots or views * sum(sizes) != samples:
             raise ValueError(f"sizes={list(sizes)} in {views} views do not fit {self.slots} slots, {samples} samples")

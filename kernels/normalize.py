@@ -1,4 +1,4 @@
-"""Rows of length one, y = x / ‖x‖, in one launch each way: torch's F.normalize takes a dozen for its backward.
+"""L2 normalization of rows, y = x / ‖x‖, in one launch each way: the backward of F.normalize takes a dozen.
 
 Conventions as in `product.py`.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdlp.kernels.launch import launch, tiles_of
+from fastdlp.kernels.launch import launch
 from fastdlp.kernels.product import COUNTS
 from fastdlp.kernels.tiles import tile_for
 
@@ -22,9 +22,9 @@ EPS = 1e-12  # F.normalize's
 
 @triton.jit(do_not_specialize=COUNTS)
 def normalize_kernel(x_ptr, y_ptr, scale_ptr, M, K, eps, BLOCK_M: tl.constexpr, BLOCK_ROW: tl.constexpr):
-    """y = x · scale in fp32, scale = 1 / max(‖x‖, eps) [M]. A program holds whole rows (BLOCK_ROW ≥ K).
+    """y = x · scale in fp32, scale = 1 / max(‖x‖, eps) [M]. Whole rows per program (BLOCK_ROW ≥ K).
 
-    Reads 2·M·K bytes (bf16), writes 4·M·(K + 1); ~3·M·K FLOP.
+    Reads 2·M·K bytes (bf16), writes 4·M·(K + 1); ~3·M·K FLOPs.
     """
     rows, k = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_ROW)
     mask = (rows < M)[:, None] & (k < K)[None, :]
@@ -37,7 +37,7 @@ def normalize_kernel(x_ptr, y_ptr, scale_ptr, M, K, eps, BLOCK_M: tl.constexpr, 
 
 @triton.jit(do_not_specialize=COUNTS)
 def normalize_backward_kernel(dy_ptr, y_ptr, scale_ptr, dx_ptr, M, K, BLOCK_M: tl.constexpr, BLOCK_ROW: tl.constexpr):
-    """dx = scale · (dy − y · (dy · y)). Reads 8·M·K bytes, writes 2·M·K (bf16); ~5·M·K FLOP."""
+    """dx = scale · (dy − y · (dy · y)). Reads 8·M·K bytes, writes 2·M·K (bf16); ~5·M·K FLOPs."""
     rows, k = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_ROW)
     mask = (rows < M)[:, None] & (k < K)[None, :]
     at = rows[:, None] * K + k[None, :]
@@ -76,4 +76,4 @@ def _launch(kernel: Any, like: Tensor, *operands: Any) -> None:
     rows, width = like.shape
     tile = tile_for("normalize", like.device, like.dtype.itemsize, rows, 0, width)
     block_row = triton.next_power_of_2(width)
-    launch(kernel, (tiles_of(rows, tile["BLOCK_M"]),), *operands, BLOCK_ROW=block_row, **tile.launch)
+    launch(kernel, (triton.cdiv(rows, tile["BLOCK_M"]),), *operands, BLOCK_ROW=block_row, **tile.launch)

@@ -1,8 +1,8 @@
-"""Which tile, or which form, a kernel takes for a shape: looked up in `tiles.json`, never searched for in a run.
+"""The tile, or the variant, of a kernel for a shape: read from `tiles.json`, with no search at run time.
 
-The table is by architecture, kernel, element size and shape; `fastdlp bench tune` measures it anew on a GPU and writes
-it. An architecture whose `measured` is null holds what was chosen from registers, shared memory and waves alone; there
-`--backend auto` stays with the torch form, because nobody has shown the other to be faster.
+The table is by architecture, kernel, element size and shape; `fastdlp bench tune` measures it on a GPU and writes it.
+For an architecture whose `measured` is null, tiles were chosen from registers, shared memory and waves only; there
+`choose_backend` selects torch for "auto", because Triton has not been measured to be faster.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FALLBACK = "80"  # for every architecture after it that has no table of its own
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: `blocks` are its constexprs by name, `chunk` the entries that share a partial sum.
+    """Block sizes of a kernel: `blocks` are its constexprs by name, `chunk` the entries of one partial sum.
 
-    A product's form is "triton" (pointers), "descriptor" (persistent, Hopper's tensor descriptors) or "torch", which
-    leaves it to the library.
+    form: the variant of a product: "triton" (pointers), "descriptor" (persistent, with Hopper's tensor descriptors) or
+    "torch" (library calls).
     """
 
     form: str = "triton"
@@ -50,12 +50,12 @@ def table() -> dict[str, Any]:
     return json.loads((files("fastdlp.kernels") / "tiles.json").read_text())
 
 
-_assumed: str | None = None  # a plain global: on a GPU the backward runs in threads of autograd's own
+_assumed: str | None = None  # a plain global: on a GPU the backward runs in autograd's own threads
 
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
-    """Choose tiles for this architecture whatever the device: to compile for a GPU that is not there."""
+    """Use the tiles of this architecture on any device, to compile without a GPU."""
     global _assumed
     before, _assumed = _assumed, architecture
     try:
@@ -79,7 +79,7 @@ MULTIPROCESSORS = {"80": 108, "90": 132, INTERPRETER: 3}  # of an A100, an H100 
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent kernel has."""
+    """The number of programs of a persistent kernel."""
     if _assumed is not None or device.type != "cuda":
         return MULTIPROCESSORS[architecture(device)]
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -88,16 +88,16 @@ def multiprocessors(device: torch.device) -> int:
 def measured(device: torch.device, itemsize: int) -> bool:
     """Whether the table of this GPU's own architecture was measured on one, for elements of this size."""
     major, minor = torch.cuda.get_device_capability(device)
-    facts = table().get(f"{major}{minor}", {}).get("measured")
-    return facts is not None and itemsize in facts["itemsize"]
+    measurement = table().get(f"{major}{minor}", {}).get("measured")
+    return measurement is not None and itemsize in measurement["itemsize"]
 
 
 def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, out: int = 0, width: int = 0) -> Tile:
     """The tile of a kernel for M = rows, N = out, K = width: the first row of the table that fits.
 
     Args:
-        kernel: name without `_kernel`; "product" comes as "product", "product_activated", "product_backward" and
-            "product_backward_activated".
+        kernel: name without `_kernel`; "product" has the variants "product", "product_activated", "product_backward"
+            and "product_backward_activated", and "down" with a norm is "norm_down".
         itemsize: bytes of an element of the large operands, 2 or 4.
 
     Raises:
@@ -109,19 +109,13 @@ def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, ou
 @lru_cache(maxsize=4096)
 def _lookup(arch: str, kernel: str, itemsize: int, rows: int, out: int, width: int) -> Tile:
     for row in table()[arch]["rows"]:
-        fits = row["kernel"] == kernel and itemsize in row["itemsize"]
-        if (
-            fits
-            and rows <= row.get("rows_to", rows)
-            and row.get("out", out) == out
-            and row.get("width", width) == width
-        ):
+        same_shape = row.get("out", out) == out and row.get("width", width) == width
+        if row["kernel"] == kernel and itemsize in row["itemsize"] and rows <= row.get("rows_to", rows) and same_shape:
             return tile_of(row)
     raise KeyError(f"tiles.json has no tile for {kernel}, {itemsize} bytes, {rows} rows on {arch}")
 
 
 def tile_of(row: dict[str, Any]) -> Tile:
     """A row of the table as a tile."""
-    return Tile(
-        **{name: value for name, value in row.items() if name in ("form", "blocks", "warps", "stages", "chunk")}
-    )
+    fields = ("form", "blocks", "warps", "stages", "chunk")
+    return Tile(**{name: value for name, value in row.items() if name in fields})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdlp.kernels import backend, tiles
-from fastdlp.kernels.backend import LARGEST_RANK, choose_backend
+from fastdlp.kernels.backend import MAX_RANK, choose_backend
 from fastdlp.kernels.launch import recording
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,10 +51,10 @@ def test_triton_needs_an_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_that_no_tile_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "measured", lambda device, itemsize: True)
-    assert choose_backend("auto", GPU, torch.float16, LARGEST_RANK) == "triton"
-    assert choose_backend("auto", GPU, torch.float16, LARGEST_RANK + 1) == "torch"
+    assert choose_backend("auto", GPU, torch.float16, MAX_RANK) == "triton"
+    assert choose_backend("auto", GPU, torch.float16, MAX_RANK + 1) == "torch"
     with pytest.raises(ValueError, match="take 64 ranks a linear over all parts and branches, not 65"):
-        choose_backend("triton", CPU, torch.float32, LARGEST_RANK + 1)
+        choose_backend("triton", CPU, torch.float32, MAX_RANK + 1)
 
 
 def test_triton_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdlp.kernels.dual_lora_ops import fold_adapters, source_of
-from fastdlp.kernels.fold import sum_shares
+from fastdlp.kernels.dual_lora_ops import branch_tensors, fold_adapters
+from fastdlp.kernels.fold import sum_partials
 from fastdlp.kernels.frozen import FrozenLinear, Norm
-from fastdlp.kernels.gradients import Input, adapter_gradients
+from fastdlp.kernels.gradients import LinearInput, adapter_gradients
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.kernels.low_rank import SiteAdapters, Use, padded
-from fastdlp.kernels.norm import down_product, norm_backward, norm_down_product
+from fastdlp.kernels.low_rank import PartialSums, SiteAdapters, padded
+from fastdlp.kernels.norm import down_product, norm_backward
 from fastdlp.kernels.normalize import normalize
 from fastdlp.kernels.product import backward_product, forward_product
 from fastdlp.kernels.tiles import Tile
@@ -81,8 +81,8 @@ def site_of(draw: Draw, groups: RowGroups, parts: int, rank: int, width: int, ou
         return full.flatten(1, 2)
 
     down, up = drawn(slots, width, width**-0.5), drawn(slots * groups.views, out, rank**-0.5)
-    poison = torch.zeros(slots, parts, device=draw.device)
-    return SiteAdapters(down, up, poison, parts, rank)
+    nan_flag = torch.zeros(slots, parts, device=draw.device)
+    return SiteAdapters(down, up, nan_flag, parts, rank)
 
 
 def low_of(draw: Draw, groups: RowGroups, site: SiteAdapters) -> Tensor:
@@ -101,13 +101,13 @@ def test_fold(
     A = draw(4, parts + 1, rank, width)[1:, 1:]
     B = draw(4, parts + 2, out, rank)[1:, 1:-1]
     c = draw(3, views, parts, 2 * rank)[..., ::2]
-    site = fold_adapters(A, B, c, dtype).site(0, parts)
+    site = fold_adapters(A, B, c, dtype).site((0, parts))
     down, up = site.down.view(3, parts, RP, width), site.up.view(3, views, parts, RP, out)
     assert torch.equal(down[:, :, :rank], A.to(dtype))
     assert torch.equal(up[:, :, :, :rank], (B[:, None] * c[:, :, :, None]).to(dtype).mT)
     assert (down[:, :, rank:] == 0).all()
     assert (up[:, :, :, rank:] == 0).all()
-    assert (site.poison == 0).all()
+    assert (site.nan_flag == 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -116,10 +116,10 @@ def test_fold_keeps_what_is_not_finite_apart(what: str, value: float, device: to
     """1e30 is finite in fp32 and none of fp16's numbers."""
     draw = Draw(device, torch.float32)
     adapters = {"A": draw(3, 2, 4, 40), "B": draw(3, 2, 50, 4), "c": draw(3, 2, 2, 4)}
-    clean = fold_adapters(**adapters, dtype=torch.float16).site(0, 2)
+    clean = fold_adapters(**adapters, dtype=torch.float16).site((0, 2))
     adapters[what][1, 1, 0, 0] = value
-    site = fold_adapters(**adapters, dtype=torch.float16).site(0, 2)
-    assert site.poison.sum(1).isnan().tolist() == [False, True, False]
+    site = fold_adapters(**adapters, dtype=torch.float16).site((0, 2))
+    assert site.nan_flag.sum(1).isnan().tolist() == [False, True, False]
     assert site.down.isfinite().all()
     assert site.up.isfinite().all()
     for slot in (0, 2):
@@ -133,7 +133,9 @@ def test_down_product(
 ) -> None:
     groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, site = draw(groups.rows, width), site_of(draw, groups, *ranks, width, 8)
-    P = down_product(laid(strided, x), site, groups, t)
+    h, stats, P = down_product(laid(strided, x), None, site, groups, t)
+    assert torch.equal(h, x)
+    assert stats is None
     check(precision, P=(P, _down(exact(x), site, groups)))
 
 
@@ -144,14 +146,14 @@ def _down(x: Tensor, site: SiteAdapters, groups: RowGroups) -> Tensor:
     return P
 
 
-def test_a_poisoned_slot_loses_its_own_rows(device: torch.device) -> None:
+def test_a_nan_flag_affects_the_rows_of_its_slot(device: torch.device) -> None:
     groups, draw = RowGroups((5, 9, 3), views=2), Draw(device, torch.float32)
     site, x = site_of(draw, groups, 2, 4, 40, 48), draw(34, 40)
     norm = Norm(draw(40), draw(40), 1e-5)
-    clean = [down_product(x, site, groups), norm_down_product(x, norm, site, groups)[2]]
-    site.poison[1, 1] = float("nan")
+    clean = [down_product(x, n, site, groups)[2] for n in (None, norm)]
+    site.nan_flag[1, 1] = float("nan")
     own, others = slice(10, 28), [*range(10), *range(28, 34)]
-    for P, before in zip([down_product(x, site, groups), norm_down_product(x, norm, site, groups)[2]], clean):
+    for P, before in zip([down_product(x, n, site, groups)[2] for n in (None, norm)], clean):
         assert P[own].isnan().all()
         assert torch.equal(P[others], before[others])
 
@@ -165,7 +167,7 @@ def test_a_poisoned_slot_loses_its_own_rows(device: torch.device) -> None:
     t=ROW_TILES,
     strided=[False, True],
 )
-def test_norm_down_product(
+def test_down_product_with_norm(
     name: str,
     ranks: tuple[int, int],
     width: int,
@@ -180,7 +182,8 @@ def test_norm_down_product(
     groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, weight, bias = draw(groups.rows, width, scale=scale) + scale, draw(width), draw(width)
     site = site_of(draw, groups, *ranks, width, 8)
-    h, stats, P = norm_down_product(laid(strided, x), Norm(weight, bias, eps), site, groups, t)
+    h, stats, P = down_product(laid(strided, x), Norm(weight, bias, eps), site, groups, t)
+    assert stats is not None
     mean, rstd, expected = _normed(exact(x), exact(weight), exact(bias), eps)
     check("fp32", mean=(stats[0], mean), rstd=(stats[1], rstd))
     check(precision, h=(h, expected), P=(P, _down(expected, site, groups)))
@@ -199,7 +202,8 @@ def test_a_large_mean_does_not_cancel_the_variance(width: int, device: torch.dev
     groups, draw = RowGroups((40, 23)), Draw(device, torch.float32)
     x, weight, bias, dh = draw(63, width) + 300, draw(width), draw(width), draw(63, width)
     site = site_of(draw, groups, 1, 4, width, 8)
-    h, stats, P = norm_down_product(x, Norm(weight, bias, 1e-5), site, groups)
+    h, stats, P = down_product(x, Norm(weight, bias, 1e-5), site, groups)
+    assert stats is not None
     mean, rstd, expected = _normed(exact(x), exact(weight), exact(bias), 1e-5)
     assert_close(stats[0], mean, (8e-7, 3e-7), "mean")
     assert_close(stats[1], rstd, (1.4e-5, 5e-6), "rstd")
@@ -213,7 +217,8 @@ def test_a_row_of_equal_entries_has_the_deviation_of_eps(device: torch.device) -
     groups, draw = RowGroups((5,)), Draw(device, torch.float32)
     weight, bias, site = draw(100), draw(100), site_of(draw, groups, 1, 4, 100, 8)
     rows = torch.full((5, 100), 7.0, device=device)
-    h, stats, _ = norm_down_product(rows, Norm(weight, bias, 1e-5), site, groups)
+    h, stats, _ = down_product(rows, Norm(weight, bias, 1e-5), site, groups)
+    assert stats is not None
     assert torch.allclose(stats[0], torch.full_like(stats[0], 7.0), rtol=1e-6)
     assert torch.allclose(stats[1], torch.full_like(stats[1], 1e-5**-0.5), rtol=1e-6)
     assert torch.allclose(h, bias.expand(5, 100), rtol=0, atol=2e-3)  # rounding of the mean, times 1/σ
@@ -315,18 +320,18 @@ def test_backward_product(
     dy, weight = draw(groups.rows, inner), draw(inner, width, scale=inner**-0.5)
     site = site_of(draw, groups, *ranks, width, 8)
     Q, u = low_of(draw, groups, site), None if activation == "none" else draw(groups.rows, width)
-    use, dA = None, None
+    sums, dA = None, None
     if u is not None and site.parts == 1:
         tile_rows = max(groups.rows, 1) if t == Tile(form="torch") else (t or tile(M=32))["BLOCK_M"]
-        use = Use(0, 1, groups, block=1, tile=tile_rows, t=0, da=0)
-        dA = torch.full((use.shares[1], 1, site.rank, width), float("nan"), device=device)
+        sums = PartialSums((0, 1), groups, block=1, tile=tile_rows)
+        dA = torch.full((sums.counts[1], 1, site.rank, width), float("nan"), device=device)
     dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, dA, t)
     expected = exact(dy) @ exact(weight)
     for slot, _, start, end in groups.groups():
         expected[start:end] += exact(Q)[start:end] @ exact(site.down)[slot]
     check(precision, dx=(dx, expected if u is None else expected * _slope(activation, exact(u))))
-    if use is not None and dA is not None and u is not None:
-        q, h, (bounds, _) = exact(Q)[:, : site.rank], PHI[activation](exact(u)), use.bounds()
+    if sums is not None and dA is not None and u is not None:
+        q, h, (bounds, _) = exact(Q)[:, : site.rank], PHI[activation](exact(u)), sums.bounds()
         right = torch.zeros(len(groups.sizes), site.rank, width, dtype=torch.float64)
         for slot, _, start, end in groups.groups():
             right[slot] += q[start:end].T @ h[start:end]
@@ -352,7 +357,7 @@ def test_adapter_gradients(
     precision: str,
     device: torch.device,
 ) -> None:
-    """Q, and of the shares dA, dB and dc. P and the input are drawn apart from the adapters."""
+    """Q, and from the partial sums dA, dB and dc. P and the input are drawn apart from the adapters."""
     groups, (parts, rank), (out, width), slots = GROUPS[name], ranks, shape, len(GROUPS[name].sizes)
     views, fp32 = groups.views, torch.float32
     draw = Draw(device, DTYPES[precision])
@@ -361,20 +366,20 @@ def test_adapter_gradients(
     B = draw(slots, parts + strided, out, rank, scale=out**-0.5, dtype=fp32)[:, :parts]
     c = draw(slots, views, parts, rank + strided, dtype=fp32)[..., :rank]
     folded = fold_adapters(A, B, c, DTYPES[precision])
-    site, RP = folded.site(0, parts), padded(rank)
+    site, RP = folded.site((0, parts)), padded(rank)
     P, x = low_of(draw, groups, site), exact(rows)
     if normed:
         weight, bias = draw(width), draw(width)
         mean, rstd, x = _normed(x, exact(weight), exact(bias), 1e-2)
         stats = torch.stack([mean, rstd]).to(device, fp32)
-        given = Input(laid(strided, rows), Norm(weight, bias, 1e-2), stats)
+        given = LinearInput(laid(strided, rows), Norm(weight, bias, 1e-2), stats)
     else:
-        given = Input(laid(strided, rows))
+        given = LinearInput(laid(strided, rows))
     block = (t or tile(M=32))["BLOCK_M"]
-    shares = folded.shares(folded.use(0, parts, groups, block))
-    Q = adapter_gradients(laid(strided, dy), P, site, groups, *shares, given, t)
+    partials = folded.partial_sums(folded.reserve((0, parts), groups, block))
+    Q = adapter_gradients(laid(strided, dy), P, site, groups, *partials, given, t)
     dA, dB, dc = (torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in (A, B, c))
-    sum_shares(source_of(A, B, c), folded, dA, dB, dc.flatten(2))
+    sum_partials(branch_tensors(A, B, c), folded, dA, dB, dc.flatten(2))
 
     expected_Q = torch.full((groups.rows, parts * RP), float("nan"), dtype=torch.float64)
     right = [torch.zeros(grad.shape, dtype=torch.float64) for grad in (A, B, c)]
@@ -392,13 +397,13 @@ def test_adapter_gradients(
     check(SUMS[precision], dB=(dB, right[1]), dc=(dc, right[2]))
 
 
-def test_without_shares_q_is_the_same(device: torch.device) -> None:
+def test_without_partial_sums_q_is_the_same(device: torch.device) -> None:
     groups, draw = RowGroups((20, 13), views=2), Draw(device, torch.float32)
     site, dy, x = site_of(draw, groups, 2, 4, 40, 48), draw(66, 96), draw(66, 40)
     P, T, dA = low_of(draw, groups, site), *(torch.empty(9, 2, 4, n, device=device) for n in (48, 40))
-    with_shares = adapter_gradients(dy, P, site, groups, T, dA, Input(x))
-    assert torch.equal(adapter_gradients(dy, P, site, groups), with_shares)
-    assert torch.equal(adapter_gradients(dy, P, site, groups, T), with_shares)
+    with_sums = adapter_gradients(dy, P, site, groups, T, dA, LinearInput(x))
+    assert torch.equal(adapter_gradients(dy, P, site, groups), with_sums)
+    assert torch.equal(adapter_gradients(dy, P, site, groups, T), with_sums)
 
 
 @pytest.mark.parametrize("width", [1, 64, 100, 512])
@@ -422,7 +427,7 @@ def test_activations_far_out(activation: str, device: torch.device) -> None:
     u = torch.cat([torch.linspace(-8, 8, 157), torch.tensor([-1000.0, -88.0, -20.0, 20.0, 88.0, 1000.0, 0.0])])
     u, groups, n = u.to(device), RowGroups((1,)), len(u)
     site = SiteAdapters(torch.zeros(1, 16, n), torch.zeros(1, 16, n), torch.zeros(1, 1), 1, 1)
-    site = SiteAdapters(*(t.to(device) for t in (site.down, site.up, site.poison)), 1, 1)
+    site = SiteAdapters(*(t.to(device) for t in (site.down, site.up, site.nan_flag)), 1, 1)
     x, low, small = torch.zeros(1, 1, device=device), torch.zeros(1, 16, device=device), PRODUCT_TILES[1]
     linear = FrozenLinear(torch.zeros(n, 1, device=device), u, None, activation)
     y, _ = forward_product(x, linear, low, site, groups, None, True, small)

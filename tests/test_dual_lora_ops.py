@@ -297,9 +297,9 @@ def _launched(launches: list[Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("wanted", "norm", "backward"),
     [
-        (["x", "A", "B", "c"], False, ["adapter_gradients", "product", "sum_shares"]),
-        (["A", "B", "c"], True, ["adapter_gradients", "sum_shares"]),
-        (["c"], False, ["adapter_gradients", "sum_shares"]),
+        (["x", "A", "B", "c"], False, ["adapter_gradients", "product", "sum_partials"]),
+        (["A", "B", "c"], True, ["adapter_gradients", "sum_partials"]),
+        (["c"], False, ["adapter_gradients", "sum_partials"]),
         (["x"], True, ["adapter_gradients", "product", "norm_backward"]),
         (["residual"], True, []),
     ],
@@ -312,7 +312,8 @@ def test_launches_only_what_a_gradient_needs(
         arguments[name].requires_grad_()
     with recording() as forward:
         y = dual_lora(**arguments, backend="triton")
-    assert _launched(forward) == ["fold", "norm_down" if norm else "down", "product"]
+    assert _launched(forward) == ["fold", "down", "product"]
+    assert forward[1].options["HAS_NORM"] == norm
     with recording() as launches:
         y.sum().backward()
     assert _launched(launches) == backward
@@ -326,7 +327,7 @@ def test_keeps_nothing_without_gradients(device: torch.device) -> None:
     with torch.no_grad(), recording() as launches:
         y = dual_lora(**arguments, activation="gelu", backend="triton")
     assert y.grad_fn is None
-    assert launches[-1].options["ARGUMENT"] == "none"
+    assert launches[-1].options["PREACTIVATION"] == "none"
     outputs = dual_lora_op(*_op_arguments(arguments, "gelu", keep=False))
     assert [len(output) for output in outputs] == [44, 0, 0, 0, 0, 0, 0]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
-from fastdlp.kernels import tables
-from fastdlp.kernels.groups import RowGroups, chunks, row_group
+from fastdlp.kernels import groups as row_groups
+from fastdlp.kernels.groups import RowGroups, chunks, device_table, row_group
 from tests.awkward import GROUPS
 
 ALL = {**GROUPS, "no slots": RowGroups(()), "three views": RowGroups((3, 0, 2), views=3)}
@@ -76,7 +77,7 @@ def test_chunks_hold_every_row_once(groups: RowGroups, block: int) -> None:
         assert (after > first) == (rows > 0)
 
 
-def test_tables_are_made_once() -> None:
+def test_tables_are_built_once() -> None:
     """A CUDA graph keeps their addresses."""
     one, same = RowGroups((5, 4), views=2), RowGroups((5, 4), views=2)
     assert chunks(one, 16, CPU) is chunks(same, 16, CPU)
@@ -97,34 +98,34 @@ def test_refuses_what_is_no_split(sizes: tuple[int, ...], views: int) -> None:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every table that was made; two are kept."""
-    monkeypatch.setattr(tables, "RECENT", 2)
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every table that was built; two are cached."""
+    monkeypatch.setattr(row_groups, "CACHED_TABLES", 2)
     return []
 
 
-def counted_tables(made: list[int]) -> tables.Callable[[int], torch.Tensor]:
-    @tables.device_table
+def counted_tables(built: list[int]) -> Callable[[int], torch.Tensor]:
+    @device_table
     def table(rows: int) -> torch.Tensor:
-        made.append(rows)
+        built.append(rows)
         return torch.arange(rows)
 
     return table
 
 
-def test_tables_are_kept_within_bounds(made: list[int]) -> None:
-    table = counted_tables(made)
+def test_tables_are_kept_within_bounds(built: list[int]) -> None:
+    table = counted_tables(built)
     first = weakref.ref(table(1))
     table(1)
     table(2)
-    assert made == [1, 2]
+    assert built == [1, 2]
     table(3)
     gc.collect()
     assert first() is None
 
 
-def test_a_table_that_a_graph_reads_stays(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    table = counted_tables(made)
+def test_a_table_that_a_graph_reads_stays(built: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    table = counted_tables(built)
     before = table(1).data_ptr()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -133,4 +134,4 @@ def test_a_table_that_a_graph_reads_stays(made: list[int], monkeypatch: pytest.M
     for rows in range(2, 9):
         table(rows)
     assert table(1).data_ptr() == before
-    assert made == list(range(1, 9))
+    assert built == list(range(1, 9))

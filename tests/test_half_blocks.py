@@ -1,4 +1,4 @@
-"""The halves of a block in the Triton form against their formula in fp64, over adapters that lie in a bank's rows."""
+"""The halves of a block in Triton kernels against their formula in fp64, over adapters that lie in a bank's rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastdlp.adapters.bank import AdapterBank, Adapters
 from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
-from fastdlp.kernels import half_blocks
 from fastdlp.kernels.dual_lora import dual_lora_reference
 from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
+from fastdlp.kernels.half_blocks import AdaptedLinear, AttentionHalf, MLPHalf, run
 from fastdlp.kernels.launch import recording
 from tests.awkward import DTYPES, Draw, assert_close, cases, exact
 
@@ -65,23 +65,25 @@ class Problem:
 
 
 def attention_half(p: Problem, adapters: Adapters, x: Tensor, causal: bool, skip: bool) -> Tensor:
-    folded, spans = adapters.folded(x.dtype), (adapters.span(QKV), adapters.span(OUT))
-    heads = half_blocks.Heads(HEADS, p.tokens, causal)
-    return half_blocks.attention_half(x, p.qkv, p.out, heads, folded, spans, p.groups, skip)
+    groups = p.groups.times(p.tokens)
+    qkv, out = AdaptedLinear(p.qkv, adapters.span(QKV), groups), AdaptedLinear(p.out, adapters.span(OUT), groups)
+    return run(x, AttentionHalf(qkv, out, p.groups, HEADS, p.tokens, causal, skip), adapters.folded(x.dtype))
 
 
 def mlp_half(p: Problem, adapters: Adapters, x: Tensor, causal: bool, skip: bool) -> Tensor:
-    folded, spans = adapters.folded(x.dtype), (adapters.span(FC1), adapters.span(FC2))
-    return half_blocks.mlp_half(x, p.fc1, p.fc2, folded, spans, p.groups.times(p.tokens), skip)
+    groups = p.groups.times(p.tokens)
+    fc1, fc2 = AdaptedLinear(p.fc1, adapters.span(FC1), groups), AdaptedLinear(p.fc2, adapters.span(FC2), groups)
+    return run(x, MLPHalf(fc1, fc2, skip), adapters.folded(x.dtype))
 
 
 def two_linears(p: Problem, adapters: Adapters, x: Tensor, causal: bool, skip: bool) -> Tensor:
     """q over all rows, then k and v of one site, and `out` on k with a residual: linears apart, as the last block's."""
     folded, groups = adapters.folded(x.dtype), p.groups.times(p.tokens)
     parts = [_part(p.qkv, 0, 1), _part(p.qkv, 1, 3)]
-    q = half_blocks.linear(x, parts[0], folded, adapters.span(QKV, slice(0, 1)), groups)
-    kv = half_blocks.linear(x, parts[1], folded, adapters.span(QKV, slice(1, 3)), groups)
-    return half_blocks.linear(kv[:, : SHAPE.width], p.out, folded, adapters.span(OUT), groups, q if skip else None)
+    q = run(x, AdaptedLinear(parts[0], adapters.span(QKV, slice(0, 1)), groups), folded)
+    kv = run(x, AdaptedLinear(parts[1], adapters.span(QKV, slice(1, 3)), groups), folded)
+    out = AdaptedLinear(p.out, adapters.span(OUT), groups)
+    return run(kv[:, : SHAPE.width], out, folded, q if skip else None)
 
 
 def _part(linear: FrozenLinear, first: int, end: int) -> FrozenLinear:
@@ -223,7 +225,7 @@ def test_only_what_is_used_is_summed(device: torch.device) -> None:
 
 
 def test_a_backward_that_asks_for_x_alone_leaves_nothing_behind(device: torch.device) -> None:
-    """Its shares are never summed, so the next backward, which reaches the other half alone, must not find them."""
+    """Its partial sums are not added up, so the next backward, which reaches the other half, must not find them."""
     gradients = []
     for before in (True, False):
         p, x = small(device)
@@ -277,8 +279,8 @@ def test_nothing_is_kept_for_a_teacher(device: torch.device) -> None:
     with torch.no_grad(), recording() as launches:
         y = mlp_half(p, adapters, p.x, False, True)
     assert y.grad_fn is None
-    assert adapters.folded(p.x.dtype).folded.uses == []
-    assert {launch.options.get("ARGUMENT", "none") for launch in launches} == {"none"}
+    assert adapters.folded(p.x.dtype).folded.reserved == []
+    assert {launch.options.get("PREACTIVATION", "none") for launch in launches} == {"none"}
 
 
 def test_against_the_torch_form(device: torch.device) -> None:
@@ -288,8 +290,8 @@ def test_against_the_torch_form(device: torch.device) -> None:
     y = attention_half(p, p.adapters(), x, True, True)
     adapters = p.adapters()
     folded, groups = adapters.folded(x.dtype), p.groups.times(p.tokens)
-    packed = half_blocks.linear(x, p.qkv, folded, adapters.span(QKV), groups)
+    packed = run(x, AdaptedLinear(p.qkv, adapters.span(QKV), groups), folded)
     q, k, v = packed.view(p.groups.rows, p.tokens, 3, HEADS, heads).permute(2, 0, 3, 1, 4)
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(len(x), -1)
-    apart = half_blocks.linear(a, p.out, folded, adapters.span(OUT), groups, x)
+    apart = run(a, AdaptedLinear(p.out, adapters.span(OUT), groups), folded, x)
     assert torch.allclose(y, apart, atol=1e-5)

@@ -28,7 +28,7 @@ def test_bytes_of_launches() -> None:
     kernel = SimpleNamespace(arg_names=names, __name__="a_kernel")
     launch = Launch(kernel, (1,), (x, x[:1].expand(5, 4), x, state, grads, 7), {})
     assert _bytes_of_launches([launch]) == 4 * (40 + 20 + 6 + 6) + 4 * 6
-    sums = SimpleNamespace(arg_names=["share_ptr", "out_ptr"], __name__="sum_shares_kernel")
+    sums = SimpleNamespace(arg_names=["partial_ptr", "out_ptr"], __name__="sum_partials_kernel")
     both = [Launch(sums, (1,), (x, torch.empty(n)), {}) for n in (3, 5)]
     assert _bytes_of_launches(both) == 4 * (40 + 3 + 5)
 
@@ -40,9 +40,9 @@ def test_the_fused_form_launches_less(tmp_path: Path) -> None:
         torch_form, fused = (rows[f"fastdlp --teacher {teacher} --backend {b}"] for b in ("torch", "triton"))
         assert torch_form["triton"] == 0
         assert fused["torch"] + fused["triton"] < 0.4 * torch_form["torch"]
-        # A fold for every branch of every forward, one sum of shares for every branch that learns.
+        # A fold for every branch of every forward, one sum of partials for every branch that learns.
         assert fused["kernels"]["fold_kernel"] == forwards
-        assert fused["kernels"]["sum_shares_kernel"] == fused["kernels"]["adamw_kernel"] == 2
+        assert fused["kernels"]["sum_partials_kernel"] == fused["kernels"]["adamw_kernel"] == 2
         # Two blocks: 4 linears in the first, 5 in the last, whose q and kv are apart, and the projection.
         backwards = 2 if teacher == "fresh" else 1
         assert fused["kernels"]["adapter_gradients_kernel"] == 10 * backwards

@@ -13,7 +13,7 @@ import torch
 
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import Branch, Site, Tensors, TowerShape, tower_sites
-from fastdlp.adapters.layout import Layout, flat, lora_layout, spans, tensor_layout
+from fastdlp.adapters.layout import Layout, flat, folded_layout, lora_layout, tensor_layout
 from fastdlp.adapters.serialization import message_bytes, pack
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
@@ -63,19 +63,25 @@ def test_without_gate_there_is_no_row_of_gates() -> None:
     assert layout.weights == LORA.weights
 
 
-def test_spans_are_a_of_all_parts_before_b() -> None:
-    """What the forward cuts out of a row is what the names say."""
-    weights, gates = _rows(LORA)
-    named = LORA.named(weights, gates)
-    for site, span in zip(SITES, spans(SITES, 3), strict=True):
-        n = len(site.parts)
-        a = weights[span.a].view(n, 3, site.in_features)
-        b = weights[span.b].view(n, site.out_features, 3)
-        gate = gates[span.gate].view(n, 3)
+def test_the_forward_uses_the_named_tensors() -> None:
+    """A, B and c of every site are those that the names select from a slot's rows, and so are the kernels' offsets."""
+    branch = Branch("local", 3, gated=True)
+    bank = AdapterBank(SITES, [branch], 2)
+    state, (weights, gates) = bank.state["local"], _rows(LORA)
+    state.weights[1], state.gates[1] = weights, gates
+    adapters, named = bank.adapters(torch.tensor([1]), [("local",)], grad=False), LORA.named(weights, gates)
+    offsets = iter(folded_layout(SITES, [3]).branches[0].parts)
+    for index, site in enumerate(SITES):
+        A, B, c = adapters.site(index)
         for i, part in enumerate(site.parts):
-            assert torch.equal(named[f"{part}/A"], a[i])
-            assert torch.equal(named[f"{part}/B"], b[i])
-            assert torch.equal(named[f"{part}/gate"], gate[i])
+            assert torch.equal(named[f"{part}/A"], A[0, i])
+            assert torch.equal(named[f"{part}/B"], B[0, i])
+            assert torch.equal(named[f"{part}/gate"] * branch.scale, c[0, 0, i])
+            at = next(offsets)
+            assert (at.width, at.out) == (site.in_features, site.out_features)
+            for name, row, start in (("A", weights, at.a), ("B", weights, at.b), ("gate", gates, at.c)):
+                tensor = named[f"{part}/{name}"].flatten()
+                assert torch.equal(row[start : start + len(tensor)], tensor)
 
 
 @pytest.mark.parametrize("layout", [LORA, tensor_layout(SHAPES)], ids=["lora", "tensors"])

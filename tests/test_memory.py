@@ -80,7 +80,7 @@ def test_partial_sums_are_what_is_estimated(arch: str, monkeypatch: pytest.Monke
     adapters = bank.adapters(torch.arange(10, device="meta"), views, grad=True)
     x = torch.empty(groups.rows, TOKENS, VIT_B_32.width, dtype=torch.bfloat16, device="meta")
     with assume(arch), recording(dry=True):
-        tower.unit_features(x, groups, adapters)
+        tower.features(x, groups, adapters, normalize=True)
     found = adapters.folded(torch.bfloat16).folded.workspace().nbytes / groups.rows
     estimate = activation_bytes(VIT_B_32, TOKENS, HEADS, 2, "triton", "cuda")
     monkeypatch.setattr(memory, "PARTIAL_RANK", 0)

@@ -372,7 +372,7 @@ WRONG_LAYERS: list[tuple[dict[str, Any], str]] = [
     ({"ranks": {"a": 1}, "init": "zeros"}, "unknown init 'zeros': choose from gaussian"),
 ]
 WRONG_CALLS: list[tuple[tuple[int, ...], dict[str, Any], str]] = [
-    ((3, 10), {}, "3 samples have no equal share for 2 slots, 1 views"),
+    ((3, 10), {}, "3 samples do not divide into 2 slots, 1 views"),
     ((4, 10), {"views": ["both"]}, "no branch 'both': choose from local, global"),
     ((4, 10), {"views": "local"}, "no branch 'l'"),
     ((4, 10), {"sizes": [4]}, "do not fit 2 slots"),

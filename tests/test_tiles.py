@@ -24,7 +24,7 @@ BLOCKS = {  # what a kernel's constexprs are called
     **{kernel: {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"} for kernel in PRODUCTS},
     "normalize": {"BLOCK_M"},
     "adapter_gradients": {"BLOCK_M", "BLOCK_N", "BLOCK_K"},
-    "sum_shares": {"BLOCK"},
+    "sum_partials": {"BLOCK"},
 }
 ROWS = (0, 1, 512, 513, 4096, 4097, 50_000, 10**7)
 SHAPES = [
@@ -43,7 +43,7 @@ SHAPES = [
 
 
 def lookups(kernel: str) -> Iterator[tuple[int, int, int, int]]:
-    for itemsize in (4,) if kernel == "sum_shares" else (2, 4):
+    for itemsize in (4,) if kernel == "sum_partials" else (2, 4):
         for rows in ROWS:
             for out, width in SHAPES:
                 yield itemsize, rows, out, width

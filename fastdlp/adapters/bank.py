@@ -1,9 +1,9 @@
-"""The adapter bank: every client's adapters and moments, stacked over slots.
+"""The adapter bank: every client's adapters and Adam moments, stacked over slots.
 
-A slot is one client of one federation. Per branch there are two flat buffers, `weights` [slots, D] (A and B
-of all sites, or the tensors of a head or an encoder) and `gates` [slots, Q], so that the optimizer, clipping,
-FedAvg and the checkpoint are each a few operations over whole rows, whatever is trained. The forward sees shaped
-copies of the active rows (`Adapters`); their gradients come back as flat rows again.
+A slot is one client of one federation. Per branch there are two flat buffers, `weights` [slots, D] (A and B of all
+sites, or the tensors of a head or an encoder) and `gates` [slots, Q], so that the optimizer, clipping, FedAvg and the
+checkpoint are each a few operations over whole rows, for any kind of branch. The forward uses shaped copies of the
+active rows (`Adapters`); their gradients are flat rows again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from fastdlp.adapters.branches import AnyBranch, Branch, Site, count_gates
-from fastdlp.adapters.layout import Fold, Layout, Shapes, flat, lora_fold, lora_layout, tensor_layout
+from fastdlp.adapters.layout import FoldedLayout, Layout, Shapes, flat, folded_layout, lora_layout, tensor_layout
 
 if TYPE_CHECKING:
     from fastdlp.kernels.half_blocks import FoldedRows
 
-View = tuple[str, ...]  # the branches that one row of the batch sees
+View = tuple[str, ...]  # the branches applied to a row of the batch
 
 
 @dataclass
@@ -53,21 +53,21 @@ class BranchState:
         return BranchState(rows(w), rows(g), rows(w), rows(w), rows(g), rows(g), steps)
 
     def restart(self, weights: Tensor) -> None:
-        """Go on from other weights [slots, D], with an optimizer that has seen nothing."""
+        """Replace the weights [slots, D] and reset the optimizer's state."""
         self.weights.copy_(weights)
         for moments in (self.weights_m, self.weights_v, self.steps):
             moments.zero_()
 
 
 class AdapterBank:
-    """What all slots train.
+    """The trained parameters of all slots.
 
     Args:
         sites: the adapted linears, in forward order.
-        branches: the branches that every slot holds.
-        slots: how many clients.
-        device: where the buffers live.
-        backend: form of the optimizer's update, "torch" or "triton".
+        branches: the branches of every slot.
+        slots: the number of clients.
+        device: of the buffers.
+        backend: of the optimizer's update, "torch" or "triton".
         shapes: of the named tensors of every branch that is not a LoRA.
     """
 
@@ -87,8 +87,8 @@ class AdapterBank:
         self.device, self.backend = torch.device(device), backend
         self.state: dict[str, BranchState] = {}
         self.layouts: dict[str, Layout] = {}
-        self._seen: dict[tuple[str, tuple[View, ...]], Tensor] = {}
-        self._folds: dict[tuple[str, ...], Fold] = {}
+        self._view_scales: dict[tuple[str, tuple[View, ...]], Tensor] = {}
+        self._folded_layouts: dict[tuple[str, ...], FoldedLayout] = {}
         for branch in branches:
             if isinstance(branch, Branch):
                 layout = lora_layout(self.sites, branch)
@@ -99,12 +99,12 @@ class AdapterBank:
 
     @property
     def copies(self) -> dict[str, str]:
-        """The frozen copies among the branches, and what they are copies of."""
+        """The frozen copies among the branches, and the branch that each is a copy of."""
         return {name: branch.copy_of for name, branch in self.lora.items() if branch.copy_of}
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The branches that are no copies."""
+        """The branches that are not copies."""
         return tuple(name for name in self.branches if name not in self.copies)
 
     def parameters(self, branch: str) -> int:
@@ -112,11 +112,11 @@ class AdapterBank:
         return self.layouts[branch].weights + self.layouts[branch].gates
 
     def tensors(self) -> list[Tensor]:
-        """All that updates write, [slots, …] each."""
+        """All tensors that updates modify, [slots, …] each."""
         return [getattr(self.state[branch], name) for branch in self.trained for name in BranchState.FIELDS]
 
     def refresh_copies(self) -> None:
-        """Take every frozen copy anew."""
+        """Copy the source of every frozen copy."""
         for name, source in self.copies.items():
             self.state[name].weights.copy_(self.state[source].weights)
 
@@ -126,18 +126,18 @@ class AdapterBank:
         seeds: Mapping[str, Sequence[Sequence[int]]],
         starts: Mapping[str, Callable[[np.random.Generator], Mapping[str, Tensor]]] | None = None,
     ) -> None:
-        """Draw A and gate and set B = 0, on the CPU, so that a seed means the same on every device.
+        """Draw A and gate and set B = 0, on the CPU, so that a seed gives the same values on every device.
 
         Args:
             init: "gaussian": A ~ N(0, 1/r), variance 1/r (the paper's notation); "peft-gaussian": standard
                 deviation 1/r; "kaiming": uniform in ±1/sqrt(K), PEFT's default. Gates ~ N(0, 1) always.
-            seeds: per branch and slot, the words that seed its draw; slots with equal words start equal.
-            starts: how the tensors of a branch that is not a LoRA are drawn.
+            seeds: per branch and slot, its seed sequence; slots with equal seeds start equal.
+            starts: functions that draw the tensors of a branch that is not a LoRA.
         """
         for name, branch in self.branches.items():
             rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-            for slot, words in enumerate(seeds[name]):
-                key = tuple(words)
+            for slot, seed in enumerate(seeds[name]):
+                key = tuple(seed)
                 if key not in rows:
                     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
                     if isinstance(branch, Branch):
@@ -167,18 +167,18 @@ class AdapterBank:
         """Shaped copies of the rows `slots` [n] for a batch whose rows see `views` (n · len(views) groups)."""
         return Adapters(self, slots, tuple(views), grad)
 
-    def seen(self, branch: str, views: tuple[View, ...]) -> Tensor:
-        """[views] fp32: the branch's scale for the views that see it, 0 for the others. Made once and kept."""
-        if (branch, views) not in self._seen:
+    def view_scale(self, branch: str, views: tuple[View, ...]) -> Tensor:
+        """[views] fp32, cached: the branch's scale for the views that include it, 0 for the others."""
+        if (branch, views) not in self._view_scales:
             scales = [self.lora[branch].scale if branch in view else 0.0 for view in views]
-            self._seen[branch, views] = torch.tensor(scales, device=self.device)
-        return self._seen[branch, views]
+            self._view_scales[branch, views] = torch.tensor(scales, device=self.device)
+        return self._view_scales[branch, views]
 
-    def fold(self, branches: tuple[str, ...]) -> Fold:
-        """How these branches are folded side by side. Made once and kept."""
-        if branches not in self._folds:
-            self._folds[branches] = lora_fold(self.sites, [self.lora[name].rank for name in branches])
-        return self._folds[branches]
+    def folded_layout(self, branches: tuple[str, ...]) -> FoldedLayout:
+        """The layout of these branches folded side by side, cached."""
+        if branches not in self._folded_layouts:
+            self._folded_layouts[branches] = folded_layout(self.sites, [self.lora[name].rank for name in branches])
+        return self._folded_layouts[branches]
 
     def named(self, branch: str, slot: int | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """One slot's branch (or a flat row of weights without gates) as fp32 CPU tensors by name; see `Layout`."""
@@ -191,22 +191,22 @@ class AdapterBank:
         """The inverse of `named` for one slot.
 
         Raises:
-            ValueError: names or shapes that are not this branch's.
+            ValueError: names or shapes that do not match this branch's.
         """
         self.layouts[branch].load(tensors, self.state[branch].weights[slot], self.state[branch].gates[slot])
 
     def not_finite(self) -> list[int]:
-        """Slots with a weight or gate that is not finite. A loss tells of it a step later, or never."""
-        fine = [t.isfinite().all(1) for state in self.state.values() for t in (state.weights, state.gates)]
-        return (~torch.stack(fine).all(0)).nonzero().flatten().tolist()
+        """Slots with a weight or gate that is not finite. The loss shows it a step later, or never."""
+        finite = [t.isfinite().all(1) for state in self.state.values() for t in (state.weights, state.gates)]
+        return (~torch.stack(finite).all(0)).nonzero().flatten().tolist()
 
 
 @dataclass
 class Adapters:
     """The active slots' adapters of the branches that `views` name.
 
-    The leaves of the autograd graph are flat rows, weights [n, D] and gates [n, Q] a branch; sites and heads see views
-    of them, so one backward of one split gathers all gradients. The Triton form reads them folded in their place.
+    The leaves of the autograd graph are flat rows, weights [n, D] and gates [n, Q] per branch; sites and heads use
+    views of them, so the backward of one split gathers all gradients. The Triton kernels use them folded instead.
     """
 
     bank: AdapterBank
@@ -220,20 +220,17 @@ class Adapters:
         self.leaves = {name: self._rows(name) for name in dict.fromkeys(b for view in self.views for b in view)}
 
     def _rows(self, name: str) -> tuple[Tensor, Tensor]:
-        """The active rows as leaves of the graph: copies, since an update writes to the bank while graphs live.
+        """The active rows as leaves of the graph: copies, because an update writes to the bank while graphs exist.
 
-        A whole encoder's only row is not copied: it is large, and nothing is read again behind its update.
+        A whole encoder's only row is not copied: it is large, and not read again after its update.
         """
         state = self.bank.state[name]
         if name not in self.bank.lora and self.bank.slots == 1:
             rows = (state.weights.detach(), state.gates.detach())
         else:
-            gates = state.gates
-            none = gates.new_empty(len(self.slots), 0)
-            rows = (
-                state.weights.index_select(0, self.slots),
-                gates.index_select(0, self.slots) if gates.shape[1] else none,
-            )
+            weights, gates = state.weights.index_select(0, self.slots), state.gates
+            no_gates = gates.new_empty(len(self.slots), 0)
+            rows = (weights, gates.index_select(0, self.slots) if gates.shape[1] else no_gates)
         return rows[0].requires_grad_(self.grad), rows[1].requires_grad_(self.grad)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -250,35 +247,38 @@ class Adapters:
 
     @cached_property
     def _stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        shaped = [self._shaped(name) for name in self.leaves if name in self.bank.lora]
-        return [_stack(site) for site in zip(*shaped)]
+        branches = [self._shaped(name) for name in self.leaves if name in self.bank.lora]
+        if len(branches) == 1:
+            return branches[0]
+        sites = [zip(*site) for site in zip(*branches)]
+        return [(torch.cat(A, dim=2), torch.cat(B, dim=3), torch.cat(c, dim=3)) for A, B, c in sites]
 
     def folded(self, dtype: torch.dtype) -> FoldedRows:
-        """All sites' adapters as the Triton form reads them, in the compute dtype."""
+        """All sites' adapters as the Triton kernels read them, in the compute dtype."""
         from fastdlp.kernels.half_blocks import BranchRows, fold_rows
 
         if self._folded is None:
             names = tuple(name for name in self.leaves if name in self.bank.lora)
-            fold = self.bank.fold(names)
+            layout = self.bank.folded_layout(names)
             rows = [
-                BranchRows(*self.leaves[name], self.bank.seen(name, self.views), branch)
-                for name, branch in zip(names, fold.branches)
+                BranchRows(*self.leaves[name], self.bank.view_scale(name, self.views), offsets)
+                for name, offsets in zip(names, layout.branches)
             ]
-            self._folded = fold_rows(rows, len(self.views), fold.down, fold.up, dtype)
+            self._folded = fold_rows(rows, len(self.views), layout.down, layout.up, dtype)
         return self._folded
 
     def span(self, index: int, parts: slice = slice(None)) -> tuple[int, int]:
         """A site's parts first..end among the folded ones."""
         before = sum(len(site.parts) for site in self.bank.sites[:index])
-        chosen = range(before, before + len(self.bank.sites[index].parts))[parts]
-        return chosen.start, chosen.stop
+        selected = range(before, before + len(self.bank.sites[index].parts))[parts]
+        return selected.start, selected.stop
 
     def gradients(self, loss: Tensor, branches: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """d Σ loss / d (weights [n, D], gates [n, Q]) of each branch, as flat fp32 rows."""
-        chosen = {name: self.leaves[name] for name in branches}
-        wanted = [leaf for leaves in chosen.values() for leaf in leaves if leaf.numel()]
-        grads = iter(torch.autograd.grad(loss, wanted, torch.ones_like(loss)))
-        return {name: (next(grads), next(grads) if gates.numel() else gates) for name, (_, gates) in chosen.items()}
+        leaves = {name: self.leaves[name] for name in branches}
+        inputs = [leaf for pair in leaves.values() for leaf in pair if leaf.numel()]
+        grads = iter(torch.autograd.grad(loss, inputs, torch.ones_like(loss)))
+        return {name: (next(grads), next(grads) if gates.numel() else gates) for name, (_, gates) in leaves.items()}
 
     def _shaped(self, name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
         """A, B and c of one branch, site by site."""
@@ -287,8 +287,8 @@ class Adapters:
         n, counts = len(self.slots), [len(site.parts) * rank for site in sites]
         lengths = [(count * site.in_features, count * site.out_features) for site, count in zip(sites, counts)]
         pieces = iter(weights.split([length for pair in lengths for length in pair], dim=1))
-        seen = self.bank.seen(name, self.views)[None, :, None]
-        scales = gates[:, None] * seen if gates.shape[1] else seen.repeat(n, 1, sum(counts))
+        view_scale = self.bank.view_scale(name, self.views)[None, :, None]
+        scales = gates[:, None] * view_scale if gates.shape[1] else view_scale.repeat(n, 1, sum(counts))
         shaped = []
         for site, c in zip(sites, scales.split(counts, dim=2)):
             parts = len(site.parts)
@@ -296,11 +296,3 @@ class Adapters:
             b = next(pieces).view(n, parts, site.out_features, rank)
             shaped.append((a, b, c.view(n, len(self.views), parts, rank)))
         return shaped
-
-
-def _stack(branches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and c of a site with the branches side by side along the rank."""
-    if len(branches) == 1:
-        return branches[0]
-    A, B, c = zip(*branches)
-    return torch.cat(A, dim=2), torch.cat(B, dim=3), torch.cat(c, dim=3)

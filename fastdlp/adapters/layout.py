@@ -1,26 +1,26 @@
-"""How a branch's named tensors lie in its flat rows: weights [D], and gates [Q] in a row of their own.
+"""The layout of a branch's named tensors in its flat rows: weights [D], and gates [Q] in a separate row.
 
-LoRA: site after site, A of all its parts before B. Every named tensor is one contiguous stretch, so naming is slicing.
+LoRA: site by site, A of all its parts before B. Every named tensor is contiguous, so naming is slicing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastdlp.adapters.branches import Branch, Site
-from fastdlp.kernels import low_rank
+from fastdlp.adapters.branches import Branch, Site, count_gates, count_parameters
+from fastdlp.kernels.low_rank import BranchOffsets, PartOffsets, padded
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One named tensor: in the row of the gates or of the weights, from `start` on."""
+    """One named tensor: at offset `start` in the row of the gates or of the weights."""
 
     gate: bool
     start: int
@@ -40,7 +40,7 @@ class Layout:
     gates: int
 
     def named(self, weights: Tensor, gates: Tensor | None) -> dict[str, Tensor]:
-        """Views [..., *shape] of rows [..., D] and [..., Q]; without gates, the entries that are none."""
+        """Views [..., *shape] of rows [..., D] and [..., Q]; without `gates`, the weights only."""
         return {
             name: (gates if entry.gate else weights)[..., entry.where].unflatten(-1, entry.shape)  # type: ignore[index]
             for name, entry in self.entries.items()
@@ -63,76 +63,58 @@ class Layout:
             (gates if entry.gate else weights)[entry.where] = tensors[name].flatten().to(weights)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a LoRA site's A, B and gate lie in the rows."""
-
-    a: slice
-    b: slice
-    gate: slice
-
-
-def spans(sites: Sequence[Site], rank: int) -> list[Span]:
-    """The sites' stretches in a LoRA branch's rows."""
-    found: list[Span] = []
-    at = gate = 0
+def lora_offsets(sites: Sequence[Site], rank: int) -> Iterator[tuple[str, Site, int, int, int]]:
+    """(name, site, offset of A, of B, of the gate) of every part in a LoRA branch's rows."""
+    weights = gates = 0
     for site in sites:
-        parts = len(site.parts)
-        a, b = parts * rank * site.in_features, parts * rank * site.out_features
-        found.append(Span(slice(at, at + a), slice(at + a, at + a + b), slice(gate, gate + parts * rank)))
-        at, gate = at + a + b, gate + parts * rank
-    return found
+        parts, a, b = len(site.parts), rank * site.in_features, rank * site.out_features
+        for i, part in enumerate(site.parts):
+            yield part, site, weights + i * a, weights + parts * a + i * b, gates + i * rank
+        weights, gates = weights + parts * (a + b), gates + parts * rank
 
 
 def lora_layout(sites: Sequence[Site], branch: Branch) -> Layout:
     """Names `{site part}/{A|B|gate}`: A [r, K], B [N, r], gate [r]."""
     rank, entries = branch.rank, {}
-    weights = gates = 0
-    for site, span in zip(sites, spans(sites, rank)):
-        for i, part in enumerate(site.parts):
-            a, b = rank * site.in_features, rank * site.out_features
-            entries[f"{part}/A"] = Entry(False, span.a.start + i * a, (rank, site.in_features))
-            entries[f"{part}/B"] = Entry(False, span.b.start + i * b, (site.out_features, rank))
-            if branch.gated:
-                entries[f"{part}/gate"] = Entry(True, span.gate.start + i * rank, (rank,))
-        weights, gates = span.b.stop, span.gate.stop if branch.gated else 0
-    return Layout(entries, weights, gates)
+    for part, site, a, b, gate in lora_offsets(sites, rank):
+        entries[f"{part}/A"] = Entry(False, a, (rank, site.in_features))
+        entries[f"{part}/B"] = Entry(False, b, (site.out_features, rank))
+        if branch.gated:
+            entries[f"{part}/gate"] = Entry(True, gate, (rank,))
+    return Layout(entries, count_parameters(tuple(sites), rank), count_gates(tuple(sites), rank) * branch.gated)
 
 
 @dataclass(frozen=True)
-class Fold:
-    """LoRA branches as the kernels fold them, side by side along the rank, and the entries of a slot's row of A (down)
-    and of a group's row of B' (up)."""
+class FoldedLayout:
+    """LoRA branches as the kernels fold them, concatenated along the rank; the length of a slot's folded row of A
+    (`down`) and of a group's row of B' (`up`)."""
 
-    branches: tuple[low_rank.Branch, ...]
+    branches: tuple[BranchOffsets, ...]
     down: int
     up: int
 
 
-def lora_fold(sites: Sequence[Site], ranks: Sequence[int]) -> Fold:
-    """Every part of every site, in their order, for branches of these ranks."""
-    padded, branches = low_rank.padded(sum(ranks)), []
+def folded_layout(sites: Sequence[Site], ranks: Sequence[int]) -> FoldedLayout:
+    """Every part of every site, in order, for branches of these ranks."""
+    padded_rank, branches = padded(sum(ranks)), []
     down = up = 0
     for number, rank in enumerate(ranks):
-        parts: list[low_rank.Part] = []
+        parts: list[PartOffsets] = []
         down = up = 0
-        for site, span in zip(sites, spans(sites, rank)):
-            k, n = site.in_features, site.out_features
-            for i in range(len(site.parts)):
-                a, b, c = span.a.start + i * rank * k, span.b.start + i * n * rank, span.gate.start + i * rank
-                parts.append(low_rank.Part(k, n, a, b, c, down, up))
-                down, up = down + padded * k, up + padded * n
-        branches.append(low_rank.Branch(tuple(parts), rank, sum(ranks[:number])))
-    return Fold(tuple(branches), down, up)
+        for _, site, a, b, c in lora_offsets(sites, rank):
+            parts.append(PartOffsets(site.in_features, site.out_features, a, b, c, down, up))
+            down, up = down + padded_rank * site.in_features, up + padded_rank * site.out_features
+        branches.append(BranchOffsets(tuple(parts), rank, sum(ranks[:number])))
+    return FoldedLayout(tuple(branches), down, up)
 
 
 def tensor_layout(shapes: Shapes) -> Layout:
-    """Tensors one after another, in the order given."""
-    entries, at = {}, 0
+    """Tensors concatenated in the order given."""
+    entries, start = {}, 0
     for name, shape in shapes.items():
-        entries[name] = Entry(False, at, tuple(shape))
-        at += math.prod(shape)
-    return Layout(entries, at, 0)
+        entries[name] = Entry(False, start, tuple(shape))
+        start += math.prod(shape)
+    return Layout(entries, start, 0)
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,15 +1,14 @@
 """A frozen CLIP transformer tower, run over rows of many clients at once, each with its own adapters.
 
-The weights are those of open_clip, held once whatever the number of clients; with adapters at B = 0 the
-features equal `encode_image` / `encode_text`. A tower is split where the frozen part ends:
+The weights are those of open_clip, in memory once for all clients; with adapters at B = 0 the features equal
+`encode_image` / `encode_text`. A tower is split where the frozen part ends:
 
-- the *stem* (patch embedding, class token, positions, ln_pre; or token embedding and positions) sees no
-  adapter, so it is computed once per image or prompt and kept;
+- the *stem* (patch embedding, class token, positions, ln_pre; or token embedding and positions) has no adapters, so it
+  is computed once per image or prompt and cached;
 - `Tower.features` runs the blocks, the final norm and the projection.
 
-Exact savings, each switchable so that a test can compare: text is cut at the longest prompt (nothing
-behind the end token reaches it under a causal mask), and the last block computes queries, output
-projection and MLP for the pooled token only.
+Exact savings, which tests can disable: text is cut to the longest prompt (under a causal mask later tokens do not
+affect the end token), and the last block computes queries, output projection and MLP for the pooled token only.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from fastdlp.adapters.bank import Adapters
 from fastdlp.adapters.branches import TowerShape
 from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.attention import attention, fits, self_attention
-from fastdlp.kernels.dual_lora import Recompute, dual_lora_recomputing
+from fastdlp.kernels.dual_lora import Recompute, dual_lora_torch
 from fastdlp.kernels.frozen import FrozenLinear, Norm, frozen_linear
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.selection import Selection, form_of
 
 if TYPE_CHECKING:
-    from fastdlp.kernels.half_blocks import FoldedRows, Span
+    from fastdlp.kernels.half_blocks import AdaptedLinear, FoldedRows
 
-SITES_PER_BLOCK = 4  # qkv, out, fc1, fc2: the order of `sites.tower_sites`
+SITES_PER_BLOCK = 4  # qkv, out, fc1, fc2: the order of `branches.tower_sites`
 
 
 @dataclass(frozen=True)
 class Block:
     """One pre-norm residual attention block; ls1, ls2 are LayerScale vectors [width] or None.
 
-    qkv (packed of three) and fc1 have the block's norms in front of them, fc1 its activation behind it.
+    qkv (three packed linears) and fc1 include the block's norms, fc1 also its activation.
     """
 
     qkv: FrozenLinear
@@ -51,23 +50,19 @@ class Block:
     fc2: FrozenLinear
     ls2: Tensor | None
 
-    @cached_property  # one tensor permanently, because a frozen product keeps a layout of its weight
+    @cached_property  # the same tensors in every call, because frozen products cache a layout per weight
     def q(self) -> FrozenLinear:
         """The queries' part of qkv."""
-        return _part(self.qkv, 0, 1)
+        return self._rows_of_qkv(slice(0, self.out.weight.shape[1]))
 
     @cached_property
     def kv(self) -> FrozenLinear:
         """The keys' and values' part of qkv."""
-        return _part(self.qkv, 1, 3)
+        return self._rows_of_qkv(slice(self.out.weight.shape[1], None))
 
-
-def _part(linear: FrozenLinear, first: int, end: int) -> FrozenLinear:
-    """Parts first..end of a weight packed of three."""
-    width = linear.weight.shape[0] // 3
-    rows = slice(first * width, end * width)
-    bias = None if linear.bias is None else linear.bias[rows]
-    return replace(linear, weight=linear.weight[rows], bias=bias)
+    def _rows_of_qkv(self, rows: slice) -> FrozenLinear:
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return replace(self.qkv, weight=self.qkv.weight[rows], bias=bias)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Tower:
     """Frozen weights from the first block to the joint space.
 
     pool: "tok" the first token, "avg" the mean over patches (both images), or "index" one position per row
-    (text: its end token). norm_after_pool says on which side of the pooling the final norm stands.
+    (text: its end token). norm_after_pool: whether the final norm follows the pooling.
     """
 
     blocks: tuple[Block, ...]
@@ -85,8 +80,8 @@ class Tower:
     causal: bool
     pool: str
     norm_after_pool: bool = False
-    pooled_only: bool = True  # the last block for the pooled token only; exact, off only to be compared
-    backend: str | Selection = "torch"  # form of the adapted linears: "torch", "triton", or chosen for every unit
+    pooled_only: bool = True  # the last block for the pooled token only; exact, disabled only by tests
+    backend: str | Selection = "torch"  # of the adapted linears: "torch", "triton", or selected per unit
 
     @property
     def shape(self) -> TowerShape:
@@ -99,7 +94,7 @@ class Tower:
         return self.blocks[0].fc1.activation
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
-        """The same tower elsewhere."""
+        """The tower on another device or in another dtype."""
         return _moved(self, device, dtype)
 
     def features(
@@ -108,44 +103,27 @@ class Tower:
         groups: RowGroups | None = None,
         adapters: Adapters | None = None,
         index: Tensor | None = None,
+        normalize: bool = False,
     ) -> Tensor:
-        """Features of the joint space, before normalization.
+        """Features of the joint space.
 
         Args:
-            x: [rows, T, width] tokens behind the stem, sorted by group.
-            groups: the split of the rows (one row is one image or prompt); needed with adapters.
+            x: [rows, T, width] output of the stem, sorted by group.
+            groups: the grouping of the rows (one row is one image or prompt); required with adapters.
             adapters: the active slots' adapters, or None for the frozen tower.
             index: [rows] int64 pooled position of each row, for pool "index".
+            normalize: L2-normalize the features.
 
         Returns:
             [rows, embed] fp32.
         """
-        return self._joint(x, groups, adapters, index)[0].float()
-
-    def unit_features(
-        self,
-        x: Tensor,
-        groups: RowGroups | None = None,
-        adapters: Adapters | None = None,
-        index: Tensor | None = None,
-    ) -> Tensor:
-        """`features`, normalized to length one."""
-        features, linears = self._joint(x, groups, adapters, index)
-        return linears.normalized(features)
-
-    def _joint(
-        self, x: Tensor, groups: RowGroups | None, adapters: Adapters | None, index: Tensor | None
-    ) -> tuple[Tensor, _Linears]:
-        """Features in the tower's dtype, and what ran the projection."""
 
         def linears(unit: str) -> _Linears:
-            """What runs a unit that takes x: "attention" and "mlp" are the halves of a block, "last" the last block
-            where it runs for the pooled token alone, and "projection"."""
-            if adapters is None or groups is None:
-                return _Linears()
-            if form_of(self.backend, unit, len(x)) == "triton":
-                return _FusedLinears(groups, adapters, adapters.folded(x.dtype))
-            return _AdaptedLinears(groups, adapters)
+            """The implementation of a unit: "attention" and "mlp" are the halves of a block, "last" the last block if
+            it runs for the pooled token only, and "projection"."""
+            if adapters is None or groups is None or form_of(self.backend, unit, len(x)) != "triton":
+                return _Linears(groups, adapters)
+            return _FusedLinears(groups, adapters, adapters.folded(x.dtype))
 
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
@@ -155,13 +133,13 @@ class Tower:
             else:
                 x = linears("attention").attention(x, block, site, self.heads, self.causal)
                 x = linears("mlp").mlp(x, block, site)
-        # The norm is row by row, so for one token of many it goes behind the pooling whatever the model's order.
+        # The norm is row by row, so for one token of many it can follow the pooling in any model.
         norm: Norm | None = self.ln_post
         if self.pool == "avg" and not self.norm_after_pool:
             x, norm = F.layer_norm(x, (x.shape[-1],), self.ln_post.weight, self.ln_post.bias, self.ln_post.eps), None
         projection, pooled = linears("projection"), self._pooled(x, index)[:, None]
-        x = projection(pooled, replace(self.proj, norm=norm), SITES_PER_BLOCK * len(self.blocks))
-        return x.squeeze(1), projection
+        x = projection(pooled, replace(self.proj, norm=norm), SITES_PER_BLOCK * len(self.blocks)).squeeze(1)
+        return projection.normalized(x) if normalize else x.float()
 
     def _pooled(self, x: Tensor, index: Tensor | None) -> Tensor:
         if x.shape[1] == 1:
@@ -171,7 +149,7 @@ class Tower:
         return _take(x, index)[:, 0]
 
     def _last_block(self, x: Tensor, block: Block, site: int, linears: _Linears, index: Tensor | None) -> Tensor:
-        """The block's value at the pooled token, [rows, 1, width]: keys and values of all, one query a row."""
+        """The block's output at the pooled token, [rows, 1, width]: keys and values of all tokens, one query a row."""
         rows, tokens, width = x.shape
         pooled = _take(x, index)
         q = linears(pooled, block.q, site, slice(0, 1))
@@ -186,8 +164,12 @@ class Tower:
         return linears.mlp(x, block, site)
 
 
+@dataclass(frozen=True)
 class _Linears:
-    """How a pass runs a frozen linear and the halves of a block: here, without adapters."""
+    """Frozen linears and the halves of a block, with the active slots' adapters, if any, on the torch backend."""
+
+    groups: RowGroups | None
+    adapters: Adapters | None
 
     def __call__(
         self,
@@ -197,56 +179,31 @@ class _Linears:
         parts: slice = slice(None),
         residual: Tensor | None = None,
     ) -> Tensor:
-        """residual + φ(linear(norm(x))): [rows, T, in] → [rows, T, out]; `site`, `parts`: which adapters."""
-        norm = linear.norm
-        h = x if norm is None else F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
-        y = frozen_linear(h.reshape(-1, h.shape[-1]), linear.weight, linear.bias)
-        y = ACTIVATIONS[linear.activation](y).view(*x.shape[:-1], -1)
-        return y if residual is None else residual + y
+        """residual + φ(linear(norm(x))): [rows, T, in] → [rows, T, out]; `site` and `parts` of the adapters."""
+        return self._recomputable(x, linear, site, parts, residual)[0]
 
     def attention(self, x: Tensor, block: Block, site: int, heads: int, causal: bool) -> Tensor:
         """x + attention(norm(x)): [rows, T, width] → the same shape."""
-        a = self_attention(self(x, block.qkv, site), heads, causal=causal, backend="torch")
-        return self.added(x, a, block.out, site + 1, block.ls1)
+        return self.added(x, self_attention(self(x, block.qkv, site), heads, causal), block.out, site + 1, block.ls1)
 
     def mlp(self, x: Tensor, block: Block, site: int) -> Tensor:
         """x + mlp(norm(x)): [rows, T, width] → the same shape."""
-        return self.added(x, self(x, block.fc1, site + 2), block.fc2, site + 3, block.ls2)
+        h, recompute = self._recomputable(x, block.fc1, site + 2)
+        residual = x if block.ls2 is None else None
+        y, _ = self._recomputable(h, block.fc2, site + 3, residual=residual, recompute=recompute)
+        return y if block.ls2 is None else x + block.ls2 * y
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Rows [rows, embed] of length one, fp32."""
+        """L2-normalized rows [rows, embed], fp32."""
         return F.normalize(x.float(), dim=-1)
 
     def added(self, x: Tensor, h: Tensor, linear: FrozenLinear, site: int, scale: Tensor | None) -> Tensor:
-        """x + LayerScale · linear(h); one kernel adds where there is no LayerScale."""
+        """x + LayerScale · linear(h); without LayerScale the linear adds x."""
         if scale is None:
             return self(h, linear, site, residual=x)
         return x + scale * self(h, linear, site)
 
-
-@dataclass(frozen=True)
-class _AdaptedLinears(_Linears):
-    """With the active slots' adapters, in the torch form."""
-
-    groups: RowGroups
-    adapters: Adapters
-
-    def __call__(
-        self,
-        x: Tensor,
-        linear: FrozenLinear,
-        site: int,
-        parts: slice = slice(None),
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return self._recomputing(x, linear, site, parts, residual)[0]
-
-    def mlp(self, x: Tensor, block: Block, site: int) -> Tensor:
-        h, recompute = self._recomputing(x, block.fc1, site + 2)
-        y, _ = self._recomputing(h, block.fc2, site + 3, slice(None), x if block.ls2 is None else None, recompute)
-        return y if block.ls2 is None else x + block.ls2 * y
-
-    def _recomputing(
+    def _recomputable(
         self,
         x: Tensor,
         linear: FrozenLinear,
@@ -255,23 +212,24 @@ class _AdaptedLinears(_Linears):
         residual: Tensor | None = None,
         recompute: Recompute | None = None,
     ) -> tuple[Tensor, Recompute | None]:
-        """What a call gives, and how the next linear recomputes it."""
-        rows, tokens, width = x.shape
-        y, behind = dual_lora_recomputing(
-            x.reshape(rows * tokens, width),
-            linear,
-            *self.adapters.site(site, parts),
-            self.groups.times(tokens),
-            residual=None if residual is None else residual.reshape(rows * tokens, -1),
-            backend="torch",
-            made=recompute,
-        )
-        return y.view(rows, tokens, -1), behind
+        """The output, and how the next linear recomputes it."""
+        if self.groups is None or self.adapters is None:
+            norm = linear.norm
+            h = x if norm is None else F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+            y = frozen_linear(h.reshape(-1, h.shape[-1]), linear.weight, linear.bias)
+            y = ACTIVATIONS[linear.activation](y).view(*x.shape[:-1], -1)
+            return y if residual is None else residual + y, None
+        rows = x.reshape(-1, x.shape[-1])
+        if residual is not None:
+            residual = residual.reshape(-1, residual.shape[-1])
+        adapters, groups = self.adapters.site(site, parts), self.groups.times(x.shape[1])
+        y, recompute = dual_lora_torch(rows, linear, *adapters, groups, residual, recompute)
+        return y.view(*x.shape[:-1], -1), recompute
 
 
 @dataclass(frozen=True)
 class _FusedLinears(_Linears):
-    """With the active slots' adapters, in the Triton form."""
+    """With the active slots' adapters, on the Triton backend."""
 
     groups: RowGroups
     adapters: Adapters
@@ -285,41 +243,40 @@ class _FusedLinears(_Linears):
         parts: slice = slice(None),
         residual: Tensor | None = None,
     ) -> Tensor:
-        from fastdlp.kernels import half_blocks
-
-        tokens, flat = x.shape[1], x.reshape(-1, x.shape[-1])
-        skip = None if residual is None else residual.reshape(len(flat), -1)
-        span = self.adapters.span(site, parts)
-        y = half_blocks.linear(flat, linear, self.folded, span, self.groups.times(tokens), skip)
-        return y.view(*x.shape[:-1], -1)
+        return self._run(x, self._adapted(x, linear, site, parts), residual)
 
     def attention(self, x: Tensor, block: Block, site: int, heads: int, causal: bool) -> Tensor:
-        from fastdlp.kernels import half_blocks
+        from fastdlp.kernels.half_blocks import AttentionHalf
 
-        rows, tokens, width = x.shape
+        tokens, width = x.shape[1:]
         if not fits(tokens, width // heads):
             return super().attention(x, block, site, heads, causal)
-        how, skip = half_blocks.Heads(heads, tokens, causal), block.ls1 is None
-        flat = x.reshape(rows * tokens, width)
-        spans = self._spans(site, site + 1)
-        y = half_blocks.attention_half(flat, block.qkv, block.out, how, self.folded, spans, self.groups, skip)
-        return y.view_as(x) if skip else x + block.ls1 * y.view_as(x)
+        qkv, out = self._adapted(x, block.qkv, site), self._adapted(x, block.out, site + 1)
+        y = self._run(x, AttentionHalf(qkv, out, self.groups, heads, tokens, causal, block.ls1 is None))
+        return y if block.ls1 is None else x + block.ls1 * y
 
     def mlp(self, x: Tensor, block: Block, site: int) -> Tensor:
-        from fastdlp.kernels import half_blocks
+        from fastdlp.kernels.half_blocks import MLPHalf
 
-        flat, skip = x.reshape(-1, x.shape[-1]), block.ls2 is None
-        groups, spans = self.groups.times(x.shape[1]), self._spans(site + 2, site + 3)
-        y = half_blocks.mlp_half(flat, block.fc1, block.fc2, self.folded, spans, groups, skip)
-        return y.view_as(x) if skip else x + block.ls2 * y.view_as(x)
+        fc1, fc2 = self._adapted(x, block.fc1, site + 2), self._adapted(x, block.fc2, site + 3)
+        y = self._run(x, MLPHalf(fc1, fc2, block.ls2 is None))
+        return y if block.ls2 is None else x + block.ls2 * y
 
     def normalized(self, x: Tensor) -> Tensor:
         from fastdlp.kernels.normalize import normalize
 
         return normalize(x)
 
-    def _spans(self, first: int, second: int) -> tuple[Span, Span]:
-        return self.adapters.span(first), self.adapters.span(second)
+    def _adapted(self, x: Tensor, linear: FrozenLinear, site: int, parts: slice = slice(None)) -> AdaptedLinear:
+        from fastdlp.kernels.half_blocks import AdaptedLinear
+
+        return AdaptedLinear(linear, self.adapters.span(site, parts), self.groups.times(x.shape[1]))
+
+    def _run(self, x: Tensor, unit: Any, residual: Tensor | None = None) -> Tensor:
+        from fastdlp.kernels.half_blocks import run
+
+        residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        return run(x.reshape(-1, x.shape[-1]), unit, self.folded, residual).view(*x.shape[:-1], -1)
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -332,7 +289,7 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
 def _moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A frozen dataclass tree with every tensor moved."""
     if isinstance(value, Tensor):
-        # The same tensor where nothing changes: a frozen product's layout is kept for a tensor.
+        # The same tensor if nothing changes, because frozen products cache a layout per tensor.
         value = value.detach() if value.requires_grad else value
         return value.to(device=device, dtype=dtype).contiguous()
     if isinstance(value, tuple):

@@ -137,7 +137,7 @@ def _pass_run(name: str, tower: Tower, shape: TowerShape, tokens: int, one: Pass
         with torch.set_grad_enabled(one.grad):
             adapters = bank.adapters(slots, one.views, one.grad)
             chosen = replace(tower, backend=Selection((Choice(name, 1, backend),)))
-            y = chosen.unit_features(x, groups, adapters, index)
+            y = chosen.features(x, groups, adapters, index, normalize=True)
         if not one.grad:
             return [y]
         leaves = [leaf for pair in adapters.leaves.values() for leaf in pair if leaf.numel()]

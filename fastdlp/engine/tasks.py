@@ -20,8 +20,7 @@ from fastdlp.clip.stem import ImageStem
 from fastdlp.clip.tower import Tower
 from fastdlp.engine.images import FROZEN_BATCH, PixelSource, TokenSource, stage
 from fastdlp.engine.schedule import Inputs, Shape
-from fastdlp.kernels.groups import RowGroups
-from fastdlp.kernels.tables import device_table
+from fastdlp.kernels.groups import RowGroups, device_table
 from fastdlp.methods.losses import Outputs
 
 
@@ -110,7 +109,7 @@ class ImageTask:
             rows = self.tokens(_taken(ids, taken, n, views), None)
         else:
             rows = _taken(self.tokens(ids, samples.staged), taken, n, views)
-        features = self.tower.unit_features(rows, groups, adapters)
+        features = self.tower.features(rows, groups, adapters, normalize=True)
         by_view = features.view(n, views, most, -1).unbind(1) if even else [features[where] for where in placed]
         return [Outputs(own, self.text[scoring], samples.labels, samples.mask, self.scale) for own in by_view]
 
@@ -163,12 +162,12 @@ class TextTask:
         prompts = self.prompts[scoring]
         n, classes = len(samples.sizes), len(prompts.tokens)
         if adapters is None:  # the frozen model is the same for every slot
-            text = self.tower.unit_features(prompts.tokens, index=prompts.index)[None, None].expand(n, views, -1, -1)
+            text = self.tower.features(prompts.tokens, index=prompts.index, normalize=True)
+            text = text[None, None].expand(n, views, -1, -1)
         else:
-            tokens = prompts.tokens.repeat(n * views, 1, 1)
-            features = self.tower.unit_features(
-                tokens, RowGroups((classes,) * n, views), adapters, prompts.index.repeat(n * views)
-            )
+            tokens, groups = prompts.tokens.repeat(n * views, 1, 1), RowGroups((classes,) * n, views)
+            index = prompts.index.repeat(n * views)
+            features = self.tower.features(tokens, groups, adapters, index, normalize=True)
             text = features.view(n, views, classes, -1)
         image = self.images[samples.ids]
         return [Outputs(image, text[:, v], samples.labels, samples.mask, self.scale) for v in range(views)]
