@@ -6,13 +6,18 @@ import dataclasses
 
 import pytest
 
-from fastdlp.cli.options import HELP
-from fastdlp.config import PROTOCOLS, TrainConfig, differences
+from fastdlp.config import OPTIONS, PROTOCOLS, TrainConfig, differences
 from fastdlp.errors import FastdlpError
+from tests.conftest import CLI
 
 
-def test_every_option_is_on_the_command_line() -> None:
-    assert set(HELP) == {field.name for field in dataclasses.fields(TrainConfig)}
+@pytest.mark.parametrize("command", [("train",), ("sweep",)])
+def test_every_option_is_on_the_command_line(command: tuple[str, ...], cli: CLI) -> None:
+    code, out, _ = cli(*command, "--help")
+    assert code == 0
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert [option.flag for option in OPTIONS.values() if f"{option.flag} " not in out] == []
+    assert all(option.help and option.group for option in OPTIONS.values())
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

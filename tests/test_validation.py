@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import fastdlp
-from fastdlp.run import setup as federation
+from fastdlp.data import partition_file
+from fastdlp.data.registry import load_source
 from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
@@ -108,7 +109,7 @@ def drawn_no_more(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         for name in ("hold_out", "keep_shots", "make_partition"):
-            monkeypatch.setattr(federation, name, refuse)
+            monkeypatch.setattr(partition_file, name, refuse)
 
     return forbid
 
@@ -140,7 +141,7 @@ def test_few_shots_are_recorded(few: Path, tmp_path: Path) -> None:
     assert sum(client["n_train"] for client in summary["per_client"]) == len(train)
     dealt = json.loads(few.read_text())["clients"]
     assert all(samples["test"] == dealt[client]["test"] for client, samples in record.items())
-    labels = federation.load_source("digits", None, False)
+    labels = load_source("digits", None, False)
     classes = [int(labels.labels[labels.ids.index(sample)]) for sample in train]
     everyone = [int(labels.labels[labels.ids.index(s)]) for samples in dealt.values() for s in samples["train"]]
     assert sorted(classes) == sorted(set(everyone))  # one of each class that anybody trains on

@@ -14,9 +14,9 @@ projection and MLP for the pooled token only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastdlp.adapters.bank import Adapters
 from fastdlp.adapters.branches import TowerShape
+from fastdlp.clip.stem import map_tensors
 from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.attention import attention, fits, self_attention
 from fastdlp.kernels.dual_lora import Recompute, dual_lora_recomputing
@@ -100,7 +101,13 @@ class Tower:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
         """The same tower elsewhere."""
-        return _moved(self, device, dtype)
+
+        def move(tensor: Tensor) -> Tensor:
+            # The same tensor where nothing changes: a frozen product's layout is kept for a tensor.
+            tensor = tensor.detach() if tensor.requires_grad else tensor
+            return tensor.to(device=device, dtype=dtype).contiguous()
+
+        return map_tensors(self, move)
 
     def features(
         self,
@@ -327,16 +334,3 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x[:, :1]
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
-
-
-def _moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A frozen dataclass tree with every tensor moved."""
-    if isinstance(value, Tensor):
-        # The same tensor where nothing changes: a frozen product's layout is kept for a tensor.
-        value = value.detach() if value.requires_grad else value
-        return value.to(device=device, dtype=dtype).contiguous()
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device, dtype) for item in value)
-    if isinstance(value, (Tower, Block, Norm, FrozenLinear)):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device, dtype) for f in fields(value)})
-    return value

@@ -18,17 +18,17 @@ from torch import Tensor
 from fastdlp.adapters.serialization import save_tensors
 from fastdlp.clip.load import as_clip, known_models, load_net, model_config
 from fastdlp.clip.tokenizer import ByteTokenizer
+from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
-from fastdlp.export.folder import atomic_folder
 from fastdlp.export.trained import Trained
-from fastdlp.files import write_atomic
+from fastdlp.files import atomic_folder, write_atomic
 
 LINEARS = {"out": "attn.out_proj.weight", "fc1": "mlp.c_fc.weight", "fc2": "mlp.c_proj.weight"}
 # What open_clip assumes of a checkpoint file: OpenAI's.
 FILE_PREPROCESSING: dict[str, Any] = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
+    "mean": OPENAI_MEAN,
+    "std": OPENAI_STD,
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }

@@ -23,8 +23,7 @@ from torch import Tensor
 from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
-from fastdlp.export.folder import atomic_folder
-from fastdlp.files import read_json, write_atomic
+from fastdlp.files import atomic_folder, read_json, write_atomic
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
