@@ -358,7 +358,6 @@ DEFAULTS = {option.name: option.fallback for option in OPTIONS.values() if optio
 DEMONSTRATION = {o.name: o.demonstration for o in OPTIONS.values() if o.demonstration is not None}
 # Options that may differ between a run and its continuation without changing a number.
 NOT_IN_NUMBERS = frozenset(option.name for option in OPTIONS.values() if not option.in_numbers)
-METHOD_OPTIONS = frozenset(option.name for option in OPTIONS.values() if option.of_methods)
 PARTITION_OPTIONS = tuple(option.name for option in OPTIONS.values() if option.of_partition)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fastdlp.config import OPTIONS, PROTOCOLS, TrainConfig, differences
 from fastdlp.errors import FastdlpError
+from fastdlp.methods import METHODS, make_method, resolve
 from tests.conftest import CLI
 
 
@@ -40,6 +41,11 @@ def test_the_demonstration_budget_is_the_embedded_model_s_alone() -> None:
     assert (TrainConfig().resolved().rounds, TrainConfig().resolved().lr) == (20, 1e-3)
     assert TrainConfig(rounds=3, lr=0.5).resolved().rounds == 3
     assert TrainConfig(lr=0.5).resolved().gate_lr == 0.5
+
+
+def test_options_of_methods_are_those_that_methods_read() -> None:
+    read = [make_method(resolve(TrainConfig(method=name))).reads() for name in METHODS if name != "fedfft"]
+    assert set.union(*read) == {option.name for option in OPTIONS.values() if option.of_methods}
 
 
 def test_json_round_trip_and_foreign_json() -> None:

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 
 DISTILLATION = ("kd_direction", "kd_temperature", "kd_logits")
-# Options that some methods read and others do not.
-METHOD_OPTIONS = frozenset(
-    {"alpha", "teacher", "micro_batch", "rank_local", "rank_global", "lora_alpha", "init", "xi", "gate_lr", "threshold"}
-    | set(DISTILLATION)
-)
 
 
 class Step(Protocol):
@@ -57,7 +52,7 @@ class Method(ABC):
         encoders: what `--encoder` may be.
         sequential: clients take turns on one row that starts from the server's each round, optimizer included; for
             what is too large to be held once a client. All branches are shared then.
-        own_options: what it reads of METHOD_OPTIONS beside what its branches do.
+        own_options: options marked `of_methods` that it reads, besides those of its branches.
         defaults, demonstration: options that a run takes from the method unless they are given: always, and with the
             embedded model.
     """
@@ -81,7 +76,7 @@ class Method(ABC):
             raise FastdlpError(f"--method {self.name} has a classifier: --task-loss contrastive does not go with it")
 
     def reads(self) -> set[str]:
-        """The METHOD_OPTIONS that decide something here."""
+        """The options marked `of_methods` (`fastdlp.config.Option`) that this method reads."""
         found = set(self.own_options) | (set() if self.sequential else {"micro_batch"})
         for branch in self.branches():
             if isinstance(branch, Branch):
