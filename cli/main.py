@@ -89,12 +89,10 @@ def train(
 
 
 @app.command()
+@config_options(("device", "data_dir"), groups=False, changed={"device": {"show_default": "the run's"}})
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")
-    ] = None,
-    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies now.")] = None,
+    given: dict[str, Any],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -109,20 +107,18 @@ def evaluate(
     from fastdlp.cli import console
     from fastdlp.export import evaluate as evaluation
 
-    scores = evaluation.evaluate(run, device=device, data_dir=data_dir, adapter=adapter)
+    scores = evaluation.evaluate(run, adapter=adapter, **given)
     if as_json:
         print(json.dumps(scores, indent=1))
         return
-    title = f"{run}" if adapter is None else f"{adapter} on the clients of {run}"
+    title = str(run) if adapter is None else f"{adapter} on the clients of {run}"
     console.out.print(console.client_table(scores["per_client"], title))
-    console.out.print(
+    console.say(
         f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
         f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}"
     )
     if adapter is not None:
-        console.out.print(
-            "an adapter that was trained on another partition may have seen these test samples", style="yellow"
-        )
+        console.say("an adapter that was trained on another partition may have seen these test samples", "yellow")
 
 
 app.command("sweep")(sweep)

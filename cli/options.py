@@ -6,7 +6,7 @@ Every option is None when it is not given, which tells an explicit choice from a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +28,8 @@ Command = Callable[..., None]
 
 
 def config_options(
-    names: Iterable[str] = OPTIONS,
-    several: Iterable[str] = (),
+    names: Collection[str] = tuple(OPTIONS),
+    several: Collection[str] = (),
     groups: bool = True,
     changed: Mapping[str, Mapping[str, Any]] = {},
 ) -> Callable[[Command], Command]:
@@ -97,4 +97,5 @@ def _default(option: Option) -> str | bool:
         parts = [option.fallback if option.kind is str else f"{option.fallback:g}"]
     if option.demonstration is not None:
         parts.append(f"{option.demonstration} ({EMBEDDED_MODEL})")
-    return ", ".join(parts) or False
+    methods = "the method's, else " if option.fallback is not None or option.demonstration is not None else ""
+    return methods + ", ".join(parts) if parts else False

@@ -133,7 +133,7 @@ class TrainConfig:
         "baselines: fedfft, fedvmlc, fedlc, fedaa.",
     )
     encoder: Literal["image", "text", "both"] = _what(
-        "image", "Which tower of CLIP is adapted: image or text; of fedfft also both."
+        "image", "Adapted tower of CLIP: image or text; fedfft also both."
     )
     model: str = _what(
         EMBEDDED_MODEL,
@@ -147,19 +147,13 @@ class TrainConfig:
     )
     dataset: str = _what("digits", "{datasets}, or folder:PATH, one folder of images a class.")
     data_dir: str | None = _what(None, "Folder that holds the data set, or that it is downloaded to.", in_numbers=False)
-    download: bool = _what(
-        False, "Download the data set through torchvision when it is not in --data-dir.", in_numbers=False
-    )
-    bad_images: Literal["refuse", "skip"] = _what(
-        "refuse", "Files that cannot be decoded: refuse the data set, or skip them."
-    )
+    download: bool = _what(False, "Download the data set when it is not in --data-dir.", in_numbers=False)
+    bad_images: Literal["refuse", "skip"] = _what("refuse", "Unreadable files: refuse the data set, or skip them.")
     template: str | None = _what(None, "Prompt with one {} for the class name. Default: the data set's own.")
 
     clients: int = _in_file(10, "Number of clients.", COUNT)
     partition: str = _partition("dirichlet", "dirichlet, iid, pathological, or a partition.json of an earlier run.")
-    beta: float = _in_file(
-        0.1, "Dirichlet concentration: 0.1 is uneven, 0.01 gives most clients one or two classes.", POSITIVE
-    )
+    beta: float = _in_file(0.1, "Dirichlet concentration: 0.01 gives most clients one or two classes.", POSITIVE)
     classes_per_client: int = _in_file(2, "Classes a client, for --partition pathological.", COUNT)
     partition_seed: int = _in_file(0, "Seed of the partition, independent of --seed.", SEED)
     test_fraction: float = _in_file(0.25, "Fraction of each client's samples that it is tested on.", FRACTION)
@@ -176,38 +170,26 @@ class TrainConfig:
         "keep", "Clients without a training sample: keep them out of training, refuse, or redraw."
     )
     rounds: int | None = _federation(
-        None,
-        "Rounds, each ended by FedAvg of what is shared. Default: the method's, else",
-        COUNT,
-        protocols=(100, 101),
-        demonstration=20,
+        None, "Rounds, each ended by FedAvg of what is shared.", COUNT, protocols=(100, 101), demonstration=20
     )
     local_epochs: int = _federation(1, "Passes over a client's samples in a round.", COUNT)
     batch_size: int = _federation(32, "Samples in a client's batch.", COUNT)
     seed: int = _federation(0, "Seed of adapters and batches.", SEED)
 
     lr: float | None = _optimizer(  # fallback: the authors' code
-        None,
-        "Learning rate of everything but the gate. Default: the method's, else",
-        POSITIVE,
-        fallback=1e-5,
-        demonstration=1e-3,
+        None, "Learning rate of everything but the gate.", POSITIVE, fallback=1e-5, demonstration=1e-3
     )
     gate_lr: float | None = _adapter(None, "Learning rate of the gate. Default: --lr.", NOT_NEGATIVE)
     optimizer: Literal["adamw", "adam"] | None = _optimizer(
-        None, "adamw, or adam, which adds weight decay to the gradient. Default: the method's, else", fallback="adamw"
+        None, "adamw, or adam, which adds weight decay to the gradient.", fallback="adamw"
     )
-    eps: float | None = _optimizer(None, "Adam's ε. Default: the method's, else", POSITIVE, fallback=1e-8)
-    weight_decay: float | None = _optimizer(
-        None, "Weight decay. Default: the method's, else", NOT_NEGATIVE, fallback=0.0
-    )
+    eps: float | None = _optimizer(None, "Adam's ε.", POSITIVE, fallback=1e-8)
+    weight_decay: float | None = _optimizer(None, "Weight decay.", NOT_NEGATIVE, fallback=0.0)
     xi: float = _adapter(
         5e-5, "ξ, the threshold that prunes the gate after each step; not scaled by the learning rate.", NOT_NEGATIVE
     )
     alpha: float = _adapter(0.1, "α, weight of the distillation loss in the local step.", NOT_NEGATIVE)
-    rank_local: int | None = _adapter(
-        None, "Rank of the local adapter. Default: the method's (feddlp 4, local 2).", COUNT
-    )
+    rank_local: int | None = _adapter(None, "Rank of the local adapter. Default: feddlp 4, else 2.", COUNT)
     rank_global: int = _adapter(2, "Rank of the global adapter.", COUNT)
     lora_alpha: float = _adapter(16.0, "LoRA's alpha: an adapter is scaled by alpha / rank.", POSITIVE)
     init: Literal["gaussian", "peft-gaussian", "kaiming"] = _adapter(
