@@ -1,6 +1,6 @@
 """Command-line options generated from `TrainConfig`, so that the command line and Python never differ.
 
-Every option is None when it is not given, which tells an explicit choice from a default.
+Every option is None when it is not given, which distinguishes an explicit choice from a default.
 """
 
 from __future__ import annotations

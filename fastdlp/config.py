@@ -47,41 +47,23 @@ FRACTION_OR_0 = Range(lambda value: 0 <= value < 1, "0 or greater, below 1")
 
 @dataclass(frozen=True)
 class Option:
-    """One field of `TrainConfig`.
-
-    Attributes:
-        name: the field's.
-        default: the field's; None where it depends on protocol, model or method.
-        kind: bool, int, float or str.
-        optional: whether None is a value.
-        choices: the strings that it may be; empty for any.
-        group: heading in --help.
-        help: description in --help; `{datasets}` stands for the names of the data sets.
-        range: of a number; None for any.
-        protocols: values that replace None under --protocol paper and reference.
-        fallback: value that replaces None under both.
-        demonstration: value that replaces None with the embedded model, before all others.
-        in_numbers: whether a run's numbers depend on it; if not, it may change when a run is resumed.
-        of_methods: whether only some methods read it.
-        of_partition: whether it decides which client holds which samples.
-        in_partition_file: whether a partition file determines it.
-    """
+    """One field of `TrainConfig`. What is marked "for None" replaces None in `TrainConfig.resolved`."""
 
     name: str
     default: Any
-    kind: type
-    optional: bool
-    choices: tuple[str, ...]
-    group: str
-    help: str
+    kind: type  # bool, int, float or str
+    optional: bool  # whether None is a value
+    choices: tuple[str, ...]  # the strings that it may be; empty for any
+    group: str  # heading in --help
+    help: str  # {datasets} stands for the names of the data sets
     range: Range | None = None
-    protocols: tuple[Any, Any] | None = None
-    fallback: Any = None
-    demonstration: Any = None
-    in_numbers: bool = True
-    of_methods: bool = False
-    of_partition: bool = False
-    in_partition_file: bool = False
+    protocols: tuple[Any, Any] | None = None  # for None under --protocol paper and reference
+    fallback: Any = None  # for None under both
+    demonstration: Any = None  # for None with the embedded model, before all others
+    in_numbers: bool = True  # whether a run's numbers depend on it; if not, a resumed run may change it
+    of_methods: bool = False  # whether only some methods read it
+    of_partition: bool = False  # whether it decides which client holds which samples
+    in_partition_file: bool = False  # whether a partition file determines it
 
     @property
     def flag(self) -> str:

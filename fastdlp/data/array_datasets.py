@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from fastdlp.data.sources import ArraySource, prompt_name
 
@@ -30,9 +32,6 @@ def cifar100(root: Path) -> ArraySource:
 
 
 def fashionmnist(root: Path) -> ArraySource:
-    from torchvision.datasets import FashionMNIST
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
     raw = root / "FashionMNIST" / "raw"
     parts = {}
     for part, prefix in (("test", "t10k"), ("train", "train")):

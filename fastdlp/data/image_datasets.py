@@ -13,69 +13,54 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from fastdlp.data.sources import FileSource, prompt_name
 
 
 def pets(root: Path) -> FileSource:
-    from torchvision.datasets import OxfordIIITPet
-
-    splits = [OxfordIIITPet(root, split, target_types="category") for split in ("trainval", "test")]
+    splits = [datasets.OxfordIIITPet(root, split, target_types="category") for split in ("trainval", "test")]
+    samples = [sample for split in splits for sample in zip(split._images, split._labels)]
     # Only the file names hold the breed's name: american_bulldog_100.jpg.
-    breeds = {
-        label: path.stem.rpartition("_")[0] for split in splits for path, label in zip(split._images, split._labels)
-    }
+    breeds = {label: path.stem.rpartition("_")[0] for path, label in samples}
     order = {label: index for index, label in enumerate(sorted(breeds))}
-    samples = [(path, order[label]) for split in splits for path, label in zip(split._images, split._labels)]
-    return _source(splits[0]._images_folder, [breeds[label] for label in order], samples)
+    names = [breeds[label] for label in order]
+    return _source(splits[0]._images_folder, names, [(path, order[label]) for path, label in samples])
 
 
 def flowers(root: Path) -> FileSource:
-    from torchvision.datasets import Flowers102
-
-    splits = [Flowers102(root, split) for split in ("train", "val", "test")]
     openai = {"globe-flower": "globe flower", "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant"}
-    samples = [sample for split in splits for sample in zip(split._image_files, split._labels)]
-    return _source(splits[0]._images_folder, [openai.get(name, name) for name in Flowers102.classes], samples)
+    splits = [datasets.Flowers102(root, split) for split in ("train", "val", "test")]
+    names = [openai.get(name, name) for name in datasets.Flowers102.classes]
+    return _source(splits[0]._images_folder, names, _pooled(splits))
 
 
 def aircraft(root: Path) -> FileSource:
-    from torchvision.datasets import FGVCAircraft
-
-    splits = [FGVCAircraft(root, split, annotation_level="variant") for split in ("trainval", "test")]
-    samples = [sample for split in splits for sample in zip(split._image_files, split._labels)]
-    return _source(Path(splits[0]._data_path, "data", "images"), splits[0].classes, samples)
+    splits = [datasets.FGVCAircraft(root, split, annotation_level="variant") for split in ("trainval", "test")]
+    return _source(Path(splits[0]._data_path, "data", "images"), splits[0].classes, _pooled(splits))
 
 
 def dtd(root: Path) -> FileSource:
-    from torchvision.datasets import DTD
-
-    splits = [DTD(root, split, partition=1) for split in ("train", "val", "test")]
-    return _by_folder(splits[0]._images_folder, [path for split in splits for path in split._image_files])
+    return _by_folder([datasets.DTD(root, split, partition=1) for split in ("train", "val", "test")])
 
 
 def food101(root: Path) -> FileSource:
-    from torchvision.datasets import Food101
-
-    splits = [Food101(root, split) for split in ("train", "test")]
-    return _by_folder(splits[0]._images_folder, [path for split in splits for path in split._image_files])
+    return _by_folder([datasets.Food101(root, split) for split in ("train", "test")])
 
 
 def cars(root: Path) -> FileSource:
-    from torchvision.datasets import StanfordCars
-
-    splits = [StanfordCars(root, split) for split in ("train", "test")]
+    splits = [datasets.StanfordCars(root, split) for split in ("train", "test")]
     return _source(splits[0]._base_folder, splits[0].classes, [sample for split in splits for sample in split._samples])
 
 
 def sun397(root: Path) -> FileSource:
-    from torchvision.datasets import SUN397
-
-    whole = SUN397(root)
+    whole = datasets.SUN397(root)
     names = [name.replace("/", " ") for name in whole.classes]  # apartment_building/outdoor
-    return _source(whole._data_dir, names, list(zip(whole._image_files, whole._labels)))
+    return _source(whole._data_dir, names, _pooled([whole]))
 
 
 def caltech101(root: Path) -> FileSource:
@@ -132,11 +117,16 @@ def _source(root: Path, class_names: Iterable[str], samples: Iterable[tuple[str 
     )
 
 
-def _by_folder(root: Path, paths: list[Path]) -> FileSource:
-    """Files whose folder is their class, with the classes in alphabetical order."""
-    names = sorted({path.parent.name for path in paths})
-    order = {name: label for label, name in enumerate(names)}
-    return _source(root, names, [(path, order[path.parent.name]) for path in paths])
+def _pooled(splits: Sequence[Any]) -> list[tuple[Path, int]]:
+    """The files and classes of all splits of a torchvision data set."""
+    return [sample for split in splits for sample in zip(split._image_files, split._labels)]
+
+
+def _by_folder(splits: Sequence[Any]) -> FileSource:
+    """The files of all splits of a torchvision data set, with the folders as classes in alphabetical order."""
+    paths = [path for split in splits for path in split._image_files]
+    order = {name: label for label, name in enumerate(sorted({path.parent.name for path in paths}))}
+    return _source(splits[0]._images_folder, order, [(path, order[path.parent.name]) for path in paths])
 
 
 def _class_folders(root: Path, splits: list[str], names: dict[str, str], ignored: Sequence[str] = ()) -> FileSource:
@@ -146,8 +136,6 @@ def _class_folders(root: Path, splits: list[str], names: dict[str, str], ignored
         ValueError: a folder that is neither in `names` nor in `ignored`.
         OSError: a class without images.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
     order = {folder: label for label, folder in enumerate(names)}
     samples: list[tuple[str | Path, int]] = []
     for split in splits:
