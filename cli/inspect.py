@@ -15,7 +15,7 @@ from fastdlp.adapters.branches import AnyBranch, Tensors, tower_sites
 from fastdlp.adapters.serialization import message_bytes
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.data.partition import Partition, counts
+from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import partition_of
 from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
@@ -112,11 +112,14 @@ def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, con
 
 
 def _facts(partition: Partition, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Samples per client and class; training samples include those held out for validation, as in `counts`."""
-    clients = []
-    for number, row in enumerate(counts(partition, labels, len(class_names))):
-        client = {"client": number, "train": row[:, 0].tolist(), "test": row[:, 1].tolist()}
-        if partition.val:
-            client["val"] = np.bincount(labels[partition.val[number]], minlength=len(class_names)).tolist()
-        clients.append(client)
-    return {"class_names": class_names, "empty_clients": partition.empty, "clients": clients}
+    """Samples of each client by class."""
+    sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+    clients = [
+        {name: np.bincount(labels[side[client]], minlength=len(class_names)).tolist() for name, side in sides.items()}
+        for client in range(partition.clients)
+    ]
+    return {
+        "class_names": class_names,
+        "empty_clients": partition.empty,
+        "clients": [{"client": number} | counted for number, counted in enumerate(clients)],
+    }

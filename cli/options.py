@@ -46,8 +46,11 @@ def config_options(
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = []
         for option in (OPTIONS[name] for name in names):
-            kind: Any = list[option.kind] if option.name in several else option.kind  # type: ignore[name-defined]
-            own = {"help": option.help.replace("{datasets}", ", ".join(DATASETS)), "show_default": _default(option)}
+            kind: Any = option.kind
+            text = option.help.replace("{datasets}", ", ".join(DATASETS))
+            if option.name in several:
+                kind, text = list[kind], f"{text} May be given more than once."
+            own: dict[str, Any] = {"help": text, "show_default": _default(option)}
             own |= {"rich_help_panel": option.group} if groups else {}
             own |= changed.get(option.name, {})
             switch = "/--no-cuda-graph" if option.name == "cuda_graph" else ""  # the one switch that is on by itself

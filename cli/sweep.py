@@ -13,14 +13,10 @@ from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
 
-GRID = {
-    "lr": {"help": "A learning rate; may be given more than once.", "show_default": False},
-    "alpha": {"help": "An α; may be given more than once.", "show_default": False},
-    "seed": {"help": "A seed; may be given more than once.", "show_default": False},
-}
+GRID = ("lr", "alpha", "seed")
 
 
-@config_options(several=GRID, changed=GRID | {"out": {"help": "Folder of the sweep; needed."}})
+@config_options(several=GRID, changed={"out": {"help": "Folder of the sweep; needed."}})
 def sweep(
     given: dict[str, Any],
     resume: Annotated[
