@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastdlp.cli.options import Json
 from fastdlp.errors import FastdlpError
 
 
@@ -30,7 +31,7 @@ def export(
     ],
     client: Annotated[int | None, typer.Option("--client", help="This client's personal model.")] = None,
     server: Annotated[bool, typer.Option("--global", help="The server's adapter.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a trained adapter for PEFT, open_clip or any program that reads safetensors.
 
@@ -45,12 +46,7 @@ def export(
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    whose = ("the global adapter" if facts["rank"] else "the server's weights") if server else f"client {client}"
+    exported = ("the global adapter" if facts["rank"] else "the server's weights") if server else f"client {client}"
     rank = f", rank {facts['rank']}, lora_alpha {facts['lora_alpha']:g}" if facts["rank"] else ""
-    console.out.print(
-        f"{out}: {whose} of {run} ({facts['method']}, {facts['encoder']} tower{rank})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.out.print(f"load it: {facts['load']}", highlight=False, markup=False, soft_wrap=True)
+    console.say(f"{out}: {exported} of {run} ({facts['method']}, {facts['encoder']} tower{rank})")
+    console.say(f"load it: {facts['load']}")

@@ -1,4 +1,4 @@
-"""What `fastdlp info` and `fastdlp data show` print."""
+"""Output of `fastdlp info` and `fastdlp data show`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdlp.adapters.bank import AdapterBank
-from fastdlp.adapters.branches import Tensors, tower_sites
+from fastdlp.adapters.branches import AnyBranch, Tensors, tower_sites
 from fastdlp.adapters.serialization import message_bytes
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.data.partition import SCHEMES, Partition, counts, load_partition, make_partition
-from fastdlp.data.registry import check_name, load_source
+from fastdlp.data.partition import Partition
+from fastdlp.data.partition_file import partition_of
+from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
 from fastdlp.report.partition import partition_figure, partition_table
@@ -52,7 +53,7 @@ def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
         "method": config.method,
         "encoder": config.encoder,
         "adapted_linears": sum(len(site.parts) for site in sites),
-        "branches": {name: _kind(bank, name) | {"exchanged": name in method.shared} for name in bank.trained},
+        "branches": {name: _kind(bank.branches[name]) | {"exchanged": name in method.shared} for name in bank.trained},
         "trainable_parameters": sum(bank.parameters(name) for name in bank.trained),
         "uploaded_parameters": uploaded,
         "uploaded_bytes_per_client_round": message,
@@ -63,9 +64,8 @@ def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
     }
 
 
-def _kind(bank: AdapterBank, name: str) -> dict[str, Any]:
-    """What a branch is: a LoRA of some rank, or tensors of some modules."""
-    branch = bank.branches[name]
+def _kind(branch: AnyBranch) -> dict[str, Any]:
+    """A LoRA of some rank, or tensors of some modules."""
     if isinstance(branch, Tensors):
         return {"modules": list(branch.modules)}
     return {"rank": branch.rank, "gated": branch.gated}
@@ -99,24 +99,8 @@ def count_table(facts: dict[str, Any]) -> Table:
 
 def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, console: Console) -> None:
     """Print the client × class table of a partition, draw it, or both. Reads labels only, decodes nothing."""
-    check_name(config.dataset)
     source = load_source(config.dataset, config.data_dir, config.download)
-    if config.partition in SCHEMES:
-        partition = make_partition(
-            source.labels,
-            config.clients,
-            config.partition,
-            config.beta,
-            config.classes_per_client,
-            config.partition_seed,
-            config.test_fraction,
-            config.empty_clients,
-            source.name,
-        )
-    elif Path(config.partition).is_file():
-        partition = load_partition(config.partition, source.ids, source.name)
-    else:
-        raise FastdlpError(f"--partition {config.partition!r} is neither {', '.join(SCHEMES)} nor a partition file")
+    partition = partition_of(config, source.labels, source.ids, source.name)
     if picture is not None:
         partition_figure(picture, partition, source.labels, source.class_names)
     if as_json:
@@ -128,11 +112,14 @@ def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, con
 
 
 def _facts(partition: Partition, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    cells = counts(partition, labels, len(class_names))
+    """Samples of each client by class."""
+    sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+    clients = [
+        {name: np.bincount(labels[side[client]], minlength=len(class_names)).tolist() for name, side in sides.items()}
+        for client in range(partition.clients)
+    ]
     return {
         "class_names": class_names,
         "empty_clients": partition.empty,
-        "clients": [
-            {"client": i, "train": row[:, 0].tolist(), "test": row[:, 1].tolist()} for i, row in enumerate(cells)
-        ],
+        "clients": [{"client": number} | counted for number, counted in enumerate(clients)],
     }

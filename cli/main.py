@@ -12,11 +12,11 @@ import typer
 
 from fastdlp.cli.bench import bench_app
 from fastdlp.cli.export import export
-from fastdlp.cli.options import check_method_options, check_partition_options, config_options
+from fastdlp.cli.options import RECORD, Json, Quiet, SummaryJson, check_options, config_options
 from fastdlp.cli.report import report
 from fastdlp.cli.reproduce import reproduce
 from fastdlp.cli.sweep import sweep
-from fastdlp.config import TrainConfig
+from fastdlp.config import PARTITION_OPTIONS, TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
 from fastdlp.processes import leads, refuse_several
@@ -30,11 +30,9 @@ app = typer.Typer(
     help="Fine-tune CLIP federatedly: FEDDLP (arXiv 2503.07552) and the systems it is compared with.",
 )
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at data sets and how they are dealt to clients.")
+data_app = typer.Typer(no_args_is_help=True, help="Show data sets and their partitions.")
 
-PATIENCE = 10  # seconds that torchrun's other processes leave to the first one to say what is wrong
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+RANK_0_SECONDS = 10.0  # that torchrun's other processes leave rank 0 to report an error
 
 TRAIN_HELP = """Train a federation: every client adapts one frozen CLIP, all of them in one batch.
 
@@ -54,46 +52,34 @@ def _before_every_command(context: typer.Context) -> None:
 
 
 @app.command(help=TRAIN_HELP)
-@config_options
+@config_options()
 def train(
     given: dict[str, Any],
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel="Record"),
+        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel=RECORD),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Record")
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=RECORD)
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show nothing but errors.", rich_help_panel="Record")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel="Record")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: SummaryJson = False,
 ) -> None:
     if resume is not None and overwrite:
         raise FastdlpError("--resume and --overwrite exclude each other: one keeps the run, the other replaces it")
     if resume is None:
-        resolve(TrainConfig(**given))  # a wrong option is told before torch is loaded
-        check_method_options(given)
-        check_partition_options(given)
+        check_options(given)  # before torch is loaded
     elif "out" in given:
         raise FastdlpError("--resume writes to the folder of its run: leave out --out")
     from fastdlp.cli import console
     from fastdlp.run import train as training
 
-    try:
-        with console.watching(quiet or as_json) as callbacks:
-            if resume is not None:
-                rounds = given.pop("rounds", None)
-                summary = training.resume(resume, rounds, given, callbacks)
-            else:
-                summary = training.train(TrainConfig(**given), overwrite, callbacks)
-    except training.Stopped as stopped:
-        if not leads():  # torchrun ends the first process, which may still write, when another one fails
-            return
-        console.print_stop(stopped)
-        raise typer.Exit(130) from None
+    rounds = given.pop("rounds", None) if resume is not None else None
+    with console.watching(quiet or as_json) as callbacks:
+        if resume is not None:
+            summary = training.resume(resume, rounds, given, callbacks)
+        else:
+            summary = training.train(TrainConfig(**given), overwrite, callbacks)
     if not leads():
         return
     if as_json:
@@ -103,12 +89,10 @@ def train(
 
 
 @app.command()
+@config_options(("device", "data_dir"), groups=False, changed={"device": {"show_default": "the run's"}})
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. Default: the run's.")
-    ] = None,
-    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies now.")] = None,
+    given: dict[str, Any],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -123,20 +107,18 @@ def evaluate(
     from fastdlp.cli import console
     from fastdlp.export import evaluate as evaluation
 
-    scores = evaluation.evaluate(run, device=device, data_dir=data_dir, adapter=adapter)
+    scores = evaluation.evaluate(run, adapter=adapter, **given)
     if as_json:
         print(json.dumps(scores, indent=1))
         return
-    title = f"{run}" if adapter is None else f"{adapter} on the clients of {run}"
+    title = str(run) if adapter is None else f"{adapter} on the clients of {run}"
     console.out.print(console.client_table(scores["per_client"], title))
-    console.out.print(
+    console.say(
         f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
         f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}"
     )
     if adapter is not None:
-        console.out.print(
-            "an adapter that was trained on another partition may have seen these test samples", style="yellow"
-        )
+        console.say("an adapter that was trained on another partition may have seen these test samples", "yellow")
 
 
 app.command("sweep")(sweep)
@@ -146,13 +128,10 @@ app.command()(export)
 
 
 @app.command()
+@config_options(("method", "encoder", "model", "rank_local", "rank_global"), groups=False)
 def info(
-    model: Annotated[str, typer.Option("--model", help="An open_clip model or glyph-clip.")] = TrainConfig.model,
-    method: Annotated[str, typer.Option("--method", help="One of train's methods.")] = TrainConfig.method,
-    encoder: Annotated[str, typer.Option("--encoder", help="image, text or both.")] = TrainConfig.encoder,
+    given: dict[str, Any],
     classes: Annotated[int | None, typer.Option("--classes", min=1, help="Of the data, for a classifier.")] = None,
-    rank_local: Annotated[int | None, typer.Option("--rank-local", help="Default: the method's.")] = None,
-    rank_global: Annotated[int, typer.Option("--rank-global")] = TrainConfig.rank_global,
     models: Annotated[bool, typer.Option("--models", help="List the supported models instead.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -165,14 +144,7 @@ def info(
         names = known_models()
         print(json.dumps(names) if as_json else "\n".join(names))
         return
-    config = TrainConfig(
-        model=model,
-        method=method,
-        encoder=encoder,  # type: ignore[arg-type]
-        rank_local=rank_local,
-        rank_global=rank_global,
-    )
-    facts = inspect.count(resolve(config), classes)
+    facts = inspect.count(resolve(TrainConfig(**given)), classes)
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
@@ -180,40 +152,17 @@ def info(
 
 
 @data_app.command()
+@config_options(("dataset", "data_dir", "download", *PARTITION_OPTIONS), groups=False)
 def show(
-    dataset: Annotated[str, typer.Option("--dataset", help="One of train's data sets.")] = TrainConfig.dataset,
-    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Where the data set lies.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch it when it is not there.")] = False,
-    partition: Annotated[
-        str, typer.Option("--partition", help="dirichlet, iid, pathological or a file.")
-    ] = TrainConfig.partition,
-    clients: Annotated[int, typer.Option("--clients")] = TrainConfig.clients,
-    beta: Annotated[float, typer.Option("--beta", help="Dirichlet concentration.")] = TrainConfig.beta,
-    classes_per_client: Annotated[int, typer.Option("--classes-per-client")] = TrainConfig.classes_per_client,
-    partition_seed: Annotated[int, typer.Option("--partition-seed")] = TrainConfig.partition_seed,
-    test_fraction: Annotated[float, typer.Option("--test-fraction")] = TrainConfig.test_fraction,
-    empty_clients: Annotated[
-        str, typer.Option("--empty-clients", help="keep, refuse or redraw.")
-    ] = TrainConfig.empty_clients,
+    given: dict[str, Any],
     picture: Annotated[Path | None, typer.Option("--picture", help="Also draw it to this .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show who holds what: clients by classes, as a table and, with --picture, as a picture."""
+    """Show the samples of each client by class, as a table and, with --picture, as a picture."""
+    check_options(given)
     from fastdlp.cli import console, inspect
 
-    config = TrainConfig(
-        dataset=dataset,
-        data_dir=data_dir,
-        download=download,
-        partition=partition,
-        clients=clients,
-        beta=beta,
-        classes_per_client=classes_per_client,
-        partition_seed=partition_seed,
-        test_fraction=test_fraction,
-        empty_clients=empty_clients,  # type: ignore[arg-type]
-    ).resolved()
-    inspect.show_partition(config, picture, as_json, console.out)
+    inspect.show_partition(TrainConfig(**given).resolved(), picture, as_json, console.out)
 
 
 app.add_typer(data_app, name="data")
@@ -242,7 +191,7 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     if not leads():
-        time.sleep(PATIENCE)  # the first process tells it once for all, and torchrun then ends this one
+        time.sleep(RANK_0_SECONDS)  # rank 0 reports the error, and torchrun then ends this process
     print("fastdlp: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 

@@ -1,8 +1,11 @@
-"""What a run is told: one frozen dataclass, its defaults, presets and checks. Standard library only.
+"""The configuration of a run: one frozen dataclass whose fields declare everything about an option.
 
-A field left at None takes its value from the protocol (`--protocol paper|reference`), the demonstration
-budget (embedded model) or the method. `resolved()` fills them in; only resolved configs reach the engine
-and the run folder, so a record never depends on a later default.
+The command line, the checks, the presets and the records derive from the fields through `OPTIONS`. Standard library
+only.
+
+A field left at None takes its value from the protocol (`--protocol paper|reference`), the preset of the embedded model
+or the method. `resolved()` fills them in; only resolved configs reach the engine and the run folder, so a record never
+depends on a later default.
 """
 
 from __future__ import annotations
@@ -11,127 +14,230 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from fastdlp.errors import FastdlpError
 
-Encoder = Literal["image", "text", "both"]
 EMBEDDED_MODEL = "glyph-clip"
-
-# The two published descriptions of FEDDLP disagree (paper arXiv 2503.07552; the authors' code).
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "task_loss": "cross-entropy",
-        "kd_direction": "student-teacher",
-        "kd_temperature": 1.0,
-        "kd_logits": "class",
-        "clip_norm": 0.0,
-        "threshold": "soft",
-        "transform": "model",
-        "caption": "dataset",
-        "report": "last",
-        "rounds": 100,
-    },
-    "reference": {
-        "task_loss": "contrastive",
-        "kd_direction": "teacher-student",
-        "kd_temperature": 3.0,
-        "kd_logits": "batch",
-        "clip_norm": 1.0,
-        "threshold": "reference",
-        "transform": "squash",
-        "caption": "plain",
-        "report": "best",
-        "rounds": 101,
-    },
-}
-
-# The embedded model and digits are a demonstration: a budget that ends within two minutes on two cores.
-DEMONSTRATION: dict[str, Any] = {"rounds": 20, "lr": 1e-3}
-# FEDDLP's learning rate in its authors' code, and torch's AdamW.
-DEFAULTS: dict[str, Any] = {"lr": 1e-5, "optimizer": "adamw", "eps": 1e-8, "weight_decay": 0.0}
-_MOST = 3e38  # what fp32 holds, nearly
-# What is asked for, or what `--backend auto` measured, as `fastdlp.selection` writes it.
+# What `--backend` may be: a choice for all units, or the choice per unit that `fastdlp.selection` writes.
 BACKENDS = ("auto", "triton", "torch")
 _SELECTION = re.compile(r"\w+@[1-9]\d{0,9}=(triton|torch)(,\w+@[1-9]\d{0,9}=(triton|torch))*", re.ASCII)
+_FP32_MAX = 3e38  # rounded down
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be, and how a message describes them."""
+
+    contains: Callable[[float], bool]
+    description: str
+
+
+COUNT = Range(lambda value: value >= 1, "at least 1")
+POSITIVE = Range(lambda value: 0 < value < _FP32_MAX, "a finite number greater than 0")
+NOT_NEGATIVE = Range(lambda value: 0 <= value < _FP32_MAX, "a finite number, 0 or greater")
+SEED = Range(lambda value: 0 <= value < 2**63, "0 or greater, below 2^63")
+FRACTION = Range(lambda value: 0 < value < 1, "between 0 and 1")
+FRACTION_OR_0 = Range(lambda value: 0 <= value < 1, "0 or greater, below 1")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of `TrainConfig`. What is marked "for None" replaces None in `TrainConfig.resolved`."""
+
+    name: str
+    default: Any
+    kind: type  # bool, int, float or str
+    optional: bool  # whether None is a value
+    choices: tuple[str, ...]  # the strings that it may be; empty for any
+    group: str  # heading in --help
+    help: str  # {datasets} stands for the names of the data sets
+    range: Range | None = None
+    protocols: tuple[Any, Any] | None = None  # for None under --protocol paper and reference
+    fallback: Any = None  # for None under both
+    demonstration: Any = None  # for None with the embedded model, before all others
+    in_numbers: bool = True  # whether a run's numbers depend on it; if not, a resumed run may change it
+    of_methods: bool = False  # whether only some methods read it
+    of_partition: bool = False  # whether it decides which client holds which samples
+    in_partition_file: bool = False  # whether a partition file determines it
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line: --rank-local."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> None:
+        """Raise FastdlpError unless `value` has the type and lies in the range. An integer passes for a float."""
+        accepted: Any = {float: (int, float), str: (str, Path)}.get(self.kind, self.kind)
+        if value is None and self.optional:
+            return
+        if not isinstance(value, accepted) or isinstance(value, bool) != (self.kind is bool):
+            raise FastdlpError(f"{self.flag} is {value!r}, expected a value of type {self.kind.__name__}")
+        if self.choices and value not in self.choices:
+            raise FastdlpError(f"unknown {self.flag} {value!r}: choose from {', '.join(self.choices)}")
+        if self.range and not self.range.contains(value):
+            raise FastdlpError(f"{self.flag} is {value}: it must be {self.range.description}")
+
+
+def _option(group: str, default: Any, help: str, range: Range | None = None, **more: Any) -> Any:
+    """A field of `TrainConfig`; `more` are attributes of `Option`."""
+    return field(default=default, metadata={"group": group, "help": help, "range": range, **more})
+
+
+_what = partial(_option, "What to train")
+_federation = partial(_option, "Federation")
+_partition = partial(_federation, of_partition=True)
+_in_file = partial(_partition, in_partition_file=True)
+_optimizer = partial(_option, "Optimizer and adapters")
+_adapter = partial(_optimizer, of_methods=True)
+_switch = partial(_option, "Paper or authors' code (each switch of --protocol alone)")
+_method_switch = partial(_switch, None, of_methods=True)
+_machine = partial(_option, "Machine")
+_record = partial(_option, "Record")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the numbers of a run, and where they go.
+    """Every option of a run: what decides its numbers, and where they are written.
 
-    Symbols of the paper in brackets. `None` means "from the protocol, the method or the model", see the
-    module's docstring.
+    None means "from the protocol, the method or the model", see the module's docstring.
     """
 
-    # what
-    method: str = "feddlp"
-    encoder: Encoder = "image"
-    model: str = EMBEDDED_MODEL
-    pretrained: str | None = None
-    dataset: str = "digits"
-    data_dir: str | None = None
-    download: bool = False
-    bad_images: Literal["refuse", "skip"] = "refuse"
-    template: str | None = None
+    method: str = _what(
+        "feddlp",
+        "feddlp: private gated LoRA and shared LoRA that teach each other. flora: one LoRA, averaged. feddat: shared "
+        "LoRA, taught by its frozen copy and a local one. combined: feddlp's two adapters in one forward. fedclip: "
+        "attention on the features. local, local-sora: one LoRA, without and with gate, never exchanged. FLoRA's "
+        "baselines: fedfft, fedvmlc, fedlc, fedaa.",
+    )
+    encoder: Literal["image", "text", "both"] = _what(
+        "image", "Adapted tower of CLIP: image or text; fedfft also both."
+    )
+    model: str = _what(
+        EMBEDDED_MODEL,
+        "glyph-clip (embedded, a demonstration) or an open_clip model with a ViT image tower, such as "
+        "ViT-B-32-quickgelu; also local-dir:PATH.",
+    )
+    pretrained: str | None = _what(
+        None,
+        "A tag of open_clip, a checkpoint file (safetensors, or nothing but tensors), or none for random weights. "
+        "Default: the embedded weights, or OpenAI's.",
+    )
+    dataset: str = _what("digits", "{datasets}, or folder:PATH, one folder of images a class.")
+    data_dir: str | None = _what(None, "Folder that holds the data set, or that it is downloaded to.", in_numbers=False)
+    download: bool = _what(False, "Download the data set when it is not in --data-dir.", in_numbers=False)
+    bad_images: Literal["refuse", "skip"] = _what("refuse", "Unreadable files: refuse the data set, or skip them.")
+    template: str | None = _what(None, "Prompt with one {} for the class name. Default: the data set's own.")
 
-    # federation
-    clients: int = 10
-    partition: str = "dirichlet"
-    beta: float = 0.1
-    classes_per_client: int = 2
-    partition_seed: int = 0
-    test_fraction: float = 0.25
-    val_fraction: float = 0.0
-    shots: int | None = None
-    empty_clients: Literal["keep", "refuse", "redraw"] = "keep"
-    rounds: int | None = None
-    local_epochs: int = 1
-    batch_size: int = 32
-    seed: int = 0
+    clients: int = _in_file(10, "Number of clients.", COUNT)
+    partition: str = _partition("dirichlet", "dirichlet, iid, pathological, or a partition.json of an earlier run.")
+    beta: float = _in_file(0.1, "Dirichlet concentration: 0.01 gives most clients one or two classes.", POSITIVE)
+    classes_per_client: int = _in_file(2, "Classes a client, for --partition pathological.", COUNT)
+    partition_seed: int = _in_file(0, "Seed of the partition, independent of --seed.", SEED)
+    test_fraction: float = _in_file(0.25, "Fraction of each client's samples that it is tested on.", FRACTION)
+    val_fraction: float = _partition(
+        0.0, "Fraction of each client's training samples that is held out for validation.", FRACTION_OR_0
+    )
+    shots: int | None = _partition(
+        None,
+        "Few-shot: training samples of each class, of all clients together, those held out for validation included. "
+        "Default: all.",
+        COUNT,
+    )
+    empty_clients: Literal["keep", "refuse", "redraw"] = _partition(
+        "keep", "Clients without a training sample: keep them out of training, refuse, or redraw."
+    )
+    rounds: int | None = _federation(
+        None, "Rounds, each ended by FedAvg of what is shared.", COUNT, protocols=(100, 101), demonstration=20
+    )
+    local_epochs: int = _federation(1, "Passes over a client's samples in a round.", COUNT)
+    batch_size: int = _federation(32, "Samples in a client's batch.", COUNT)
+    seed: int = _federation(0, "Seed of adapters and batches.", SEED)
 
-    # optimizer
-    lr: float | None = None
-    gate_lr: float | None = None
-    optimizer: Literal["adamw", "adam"] | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-    xi: float = 5e-5
-    alpha: float = 0.1
+    lr: float | None = _optimizer(  # fallback: the authors' code
+        None, "Learning rate of everything but the gate.", POSITIVE, fallback=1e-5, demonstration=1e-3
+    )
+    gate_lr: float | None = _adapter(None, "Learning rate of the gate. Default: --lr.", NOT_NEGATIVE)
+    optimizer: Literal["adamw", "adam"] | None = _optimizer(
+        None, "adamw, or adam, which adds weight decay to the gradient.", fallback="adamw"
+    )
+    eps: float | None = _optimizer(None, "Adam's ε.", POSITIVE, fallback=1e-8)
+    weight_decay: float | None = _optimizer(None, "Weight decay.", NOT_NEGATIVE, fallback=0.0)
+    xi: float = _adapter(
+        5e-5, "ξ, the threshold that prunes the gate after each step; not scaled by the learning rate.", NOT_NEGATIVE
+    )
+    alpha: float = _adapter(0.1, "α, weight of the distillation loss in the local step.", NOT_NEGATIVE)
+    rank_local: int | None = _adapter(None, "Rank of the local adapter. Default: feddlp 4, else 2.", COUNT)
+    rank_global: int = _adapter(2, "Rank of the global adapter.", COUNT)
+    lora_alpha: float = _adapter(16.0, "LoRA's alpha: an adapter is scaled by alpha / rank.", POSITIVE)
+    init: Literal["gaussian", "peft-gaussian", "kaiming"] = _adapter(
+        "gaussian", "Initialization of A: gaussian (variance 1/r), peft-gaussian (deviation 1/r) or kaiming."
+    )
 
-    # adapters
-    rank_local: int | None = None
-    rank_global: int = 2
-    lora_alpha: float = 16.0
-    init: Literal["gaussian", "peft-gaussian", "kaiming"] = "gaussian"
+    protocol: Literal["paper", "reference"] = _switch(
+        "paper", "paper: as arXiv 2503.07552 writes it. reference: as its authors' code computes it."
+    )
+    teacher: Literal["fresh", "pre-update"] = _switch(
+        "fresh",
+        "Teacher of the global step: fresh (after the local update) or pre-update (faster, another algorithm).",
+        of_methods=True,
+    )
+    task_loss: Literal["cross-entropy", "contrastive"] | None = _switch(
+        None, "cross-entropy over classes, or contrastive within the batch.", protocols=("cross-entropy", "contrastive")
+    )
+    kd_direction: Literal["student-teacher", "teacher-student"] | None = _method_switch(
+        "student-teacher: KL(student ‖ teacher); or teacher-student.", protocols=("student-teacher", "teacher-student")
+    )
+    kd_temperature: float | None = _method_switch(
+        "Temperature T of the distillation; its loss is scaled by T².", POSITIVE, protocols=(1.0, 3.0)
+    )
+    kd_logits: Literal["class", "batch"] | None = _method_switch(
+        "Distil class logits, or the batch's image-text logits on both axes.", protocols=("class", "batch")
+    )
+    clip_norm: float | None = _switch(
+        None, "Clip the gradient of A and B to this norm; 0: off.", NOT_NEGATIVE, protocols=(0.0, 1.0)
+    )
+    threshold: Literal["soft", "reference"] | None = _method_switch(
+        "soft: T_ξ; reference: the code's own, with a dead zone of 2ξ.", protocols=("soft", "reference")
+    )
+    transform: Literal["model", "squash"] | None = _switch(
+        None, "model: the model's own (resize, crop); squash: to a square.", protocols=("model", "squash")
+    )
+    caption: Literal["dataset", "plain"] | None = _switch(
+        None, "Training captions: the dataset's template, or plain 'a photo of a {}.'.", protocols=("dataset", "plain")
+    )
+    report: Literal["last", "best", "validation"] | None = _switch(
+        None,
+        "Which round's accuracy is the run's: last, best on test, or chosen on validation.",
+        protocols=("last", "best"),
+    )
 
-    # the paper and the authors' code
-    protocol: Literal["paper", "reference"] = "paper"
-    teacher: Literal["fresh", "pre-update"] = "fresh"
-    task_loss: Literal["cross-entropy", "contrastive"] | None = None
-    kd_direction: Literal["student-teacher", "teacher-student"] | None = None
-    kd_temperature: float | None = None
-    kd_logits: Literal["class", "batch"] | None = None
-    clip_norm: float | None = None
-    threshold: Literal["soft", "reference"] | None = None
-    transform: Literal["model", "squash"] | None = None
-    caption: Literal["dataset", "plain"] | None = None
-    report: Literal["last", "best", "validation"] | None = None
+    precision: Literal["fp32", "bf16"] = _machine(
+        "fp32", "fp32 or bf16 for weights and activations; adapters, gates and moments are always fp32."
+    )
+    device: str = _machine("auto", "auto, cpu, cuda or cuda:N.")
+    backend: str = _machine(
+        "auto",
+        "How the adapted linears run: triton (fused kernels, CUDA), torch (library products), or auto: on a GPU "
+        "without measured tiles each part of the tower is checked and timed with both before the first round, once; "
+        "torch on a CPU.",
+    )
+    micro_batch: int | None = _machine(
+        None, "Rows that go through the tower at once. Default: what fits the memory.", COUNT, of_methods=True
+    )
+    cuda_graph: bool | None = _machine(
+        None,
+        "Record a step as a CUDA graph and replay it; all batches are padded to full ones. By default: on a CUDA GPU, "
+        "as long as the first replay of each shape equals the eager step.",
+    )
 
-    # machine
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
-    backend: str = "auto"
-    micro_batch: int | None = None
-    cuda_graph: bool | None = None  # None: on a CUDA GPU, where the first replays are right
-
-    # record
-    out: str | None = None
-    checkpoint_every: int = 1
-    trace: bool = False
+    out: str | None = _record(None, "Run folder. Default: a new one under runs/.", in_numbers=False)
+    checkpoint_every: int = _record(1, "Rounds between checkpoints.", COUNT, in_numbers=False)
+    trace: bool = _record(False, "Also write every client's adapters each round and every batch, for a replay.")
 
     def resolved(
         self, method: Mapping[str, Any] | None = None, demonstration: Mapping[str, Any] | None = None
@@ -139,11 +245,11 @@ class TrainConfig:
         """The same config with every None filled that has a default (rank_local is the method's).
 
         Args:
-            method: the method's own defaults, before the protocol's (`fastdlp.methods.resolve` knows them).
-            demonstration: and those with the embedded model, before all others.
+            method: the method's own defaults, before the protocol's (`fastdlp.methods.resolve` passes them).
+            demonstration: the method's defaults with the embedded model, before all others.
 
         Raises:
-            FastdlpError: a value that cannot be; see `check`.
+            FastdlpError: an invalid value; see `check`.
         """
         self.check()
         known: dict[str, Any] = DEFAULTS | PROTOCOLS[self.protocol] | dict(method or {})
@@ -156,49 +262,13 @@ class TrainConfig:
         return dataclasses.replace(config, **_absolute_paths(config))
 
     def check(self) -> None:
-        """Refuse what cannot be, one line each.
+        """Refuse values that no run can have.
 
         Raises:
             FastdlpError: names the option, the value and what is allowed.
         """
-        hints = get_type_hints(TrainConfig)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            choices = _choices(hints[field.name])
-            if not _fits(value, hints[field.name]):
-                raise FastdlpError(f"{_flag(field.name)} is {value!r}, which is no value for it")
-            if choices and value is not None and value not in choices:
-                raise FastdlpError(f"unknown {_flag(field.name)} {value!r}: choose from {', '.join(choices)}")
-        for name in (
-            "clients",
-            "rounds",
-            "local_epochs",
-            "batch_size",
-            "rank_local",
-            "rank_global",
-            "micro_batch",
-            "checkpoint_every",
-            "classes_per_client",
-            "shots",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FastdlpError(f"{_flag(name)} is {value}: it must be at least 1")
-        for name in ("beta", "lr", "eps", "lora_alpha", "kd_temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < _MOST:
-                raise FastdlpError(f"{_flag(name)} is {value}: it must be a finite number greater than 0")
-        for name in ("gate_lr", "xi", "alpha", "clip_norm", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < _MOST:
-                raise FastdlpError(f"{_flag(name)} is {value}: it must be a finite number, 0 or greater")
-        for name in ("seed", "partition_seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise FastdlpError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or greater, below 2^63")
-        if not 0 < self.test_fraction < 1:
-            raise FastdlpError(f"--test-fraction is {self.test_fraction}: it must lie between 0 and 1")
-        if not 0 <= self.val_fraction < 1:
-            raise FastdlpError(f"--val-fraction is {self.val_fraction}: it must be 0 or more, below 1")
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
         if self.report == "validation" and not self.val_fraction and not os.path.isfile(self.partition):
             raise FastdlpError("--report validation needs validation samples: pass --val-fraction, for example 0.1")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
@@ -228,21 +298,44 @@ class TrainConfig:
             raise FastdlpError(f"this config was not written by this version of fastdlp: {error}") from None
 
 
-# What may differ between a run and its continuation without changing a number.
-NOT_IN_NUMBERS = frozenset({"out", "data_dir", "download", "checkpoint_every"})
+def _options() -> dict[str, Option]:
+    hints = get_type_hints(TrainConfig)
+    found = {}
+    for f in dataclasses.fields(TrainConfig):
+        arguments = get_args(hints[f.name])
+        optional = type(None) in arguments
+        hint = arguments[0] if optional else hints[f.name]
+        choices = get_args(hint)  # of a Literal
+        kind = str if choices else hint
+        found[f.name] = Option(f.name, f.default, kind, optional, choices, **f.metadata)
+    return found
+
+
+OPTIONS = _options()
+# The two published descriptions of FEDDLP disagree (paper arXiv 2503.07552; the authors' code).
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    protocol: {option.name: option.protocols[i] for option in OPTIONS.values() if option.protocols}
+    for i, protocol in enumerate(("paper", "reference"))
+}
+DEFAULTS = {option.name: option.fallback for option in OPTIONS.values() if option.fallback is not None}
+# With the embedded model and digits: 20 rounds, within two minutes on two cores.
+DEMONSTRATION = {o.name: o.demonstration for o in OPTIONS.values() if o.demonstration is not None}
+# Options that may differ between a run and its continuation without changing a number.
+NOT_IN_NUMBERS = frozenset(option.name for option in OPTIONS.values() if not option.in_numbers)
+PARTITION_OPTIONS = tuple(option.name for option in OPTIONS.values() if option.of_partition)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The options, as flags, in which two resolved configs differ and which decide numbers."""
     return [
-        f"{_flag(f.name)} {getattr(old, f.name)} (now {getattr(new, f.name)})"
-        for f in dataclasses.fields(TrainConfig)
-        if f.name not in NOT_IN_NUMBERS and getattr(old, f.name) != getattr(new, f.name)
+        f"{option.flag} {getattr(old, name)} (now {getattr(new, name)})"
+        for name, option in OPTIONS.items()
+        if option.in_numbers and getattr(old, name) != getattr(new, name)
     ]
 
 
 def _absolute_paths(config: TrainConfig) -> dict[str, Any]:
-    """The options that are paths, whole, so that a run can be continued from another folder."""
+    """The options that are paths as absolute paths, so that a run can be continued from another folder."""
     found: dict[str, Any] = {}
     for name, prefix in (("dataset", "folder:"), ("model", "local-dir:")):
         value = getattr(config, name)
@@ -253,25 +346,3 @@ def _absolute_paths(config: TrainConfig) -> dict[str, Any]:
         if value is not None and (name == "data_dir" or os.path.isfile(value)):
             found[name] = os.path.abspath(os.path.expanduser(value))
     return found
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type. An integer passes for a float, a path for a string."""
-    kinds = get_args(hint) or (hint,)
-    if value is None:
-        return type(None) in kinds
-    kind = next((kind for kind in (bool, int, float) if kind in kinds), str)
-    wider: dict[type, tuple[type, ...]] = {float: (int, float), str: (str, Path)}
-    return isinstance(value, wider.get(kind, (kind,))) and isinstance(value, bool) == (kind is bool)
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The strings of a Literal, also inside `Literal[...] | None`."""
-    found = [arg for arg in get_args(hint) if isinstance(arg, str)]
-    for arg in get_args(hint):
-        found += [inner for inner in get_args(arg) if isinstance(inner, str)]
-    return tuple(found)

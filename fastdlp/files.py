@@ -1,7 +1,7 @@
-"""Writing files so that a reader sees the old content or the new, never half of it.
+"""Atomic writes of files and folders: a reader sees the old content or the new, never a part of it.
 
-Whatever stops the write (a full disk, a kill, a power loss), the path holds what it held before. Every
-failure of the operating system becomes one line of `FastdlpError`.
+If a write is interrupted (full disk, kill, power loss), the path holds its previous content. Every error of the
+operating system becomes one line of `FastdlpError`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +21,10 @@ from fastdlp.errors import FastdlpError
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` when the block ends well.
+    """Yield a temporary path beside `path`; it replaces `path` when the block ends without an exception.
 
-    The temporary file exists, is empty and hidden, and has the suffix of `path`. Missing folders are made. Do
-    nothing but write inside the block: an OSError in it is reported as a failure to write `path`.
+    The temporary file exists, is empty and hidden, and has the suffix of `path`. Missing folders are created. The
+    block should only write: an OSError in it is reported as a failure to write `path`.
 
     Args:
         path: the file to write; a symbolic link is followed, not replaced.
@@ -52,20 +53,65 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`; it is renamed to `path` when the block ends without an exception.
+
+    Missing parent folders are created. `path` must not exist.
+
+    Raises:
+        FastdlpError: the operating system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, path)
+    except OSError as error:
+        raise FastdlpError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
+    """Refuse a folder that must not be written or replaced. Cheap, so that it runs before a long preparation.
+
+    Args:
+        path: must be new, empty, or written by an earlier command of the same kind.
+        marker: the file that a folder of this kind holds.
+        kind: "run" or "sweep", for messages.
+        overwrite: whether an earlier folder of this kind may be replaced.
+
+    Raises:
+        FastdlpError: names --out and what to do.
+    """
+    try:
+        here = Path.cwd()
+        if Path(os.path.realpath(path)) in (here, *here.parents):
+            raise FastdlpError(f"{path} is or holds the working directory: name another --out")
+        if (path / marker).is_file():
+            if not overwrite:
+                raise FastdlpError(f"{path} holds a {kind}: go on with --resume {path}, or replace it with --overwrite")
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FastdlpError(f"{path} exists and is not a {kind} folder: name another --out")
+    except OSError as error:
+        raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
+
+
 def is_temporary(path: Path) -> bool:
-    """Whether a path has a name that `atomic_path` gives, so that a killed process may have left it."""
+    """Whether a path is named as `atomic_path` names its files, which a killed process leaves behind."""
     return re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder and below."""
+    """Remove the partial files of killed processes in a folder and below."""
     for path in folder.rglob(".*"):
         if is_temporary(path):
             path.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str, hint: str = "") -> None:
-    """Write `content` (text as UTF-8) to `path`, or leave `path` as it was and raise FastdlpError."""
+    """Write `content` (text as UTF-8) to `path`, or leave `path` unchanged and raise FastdlpError."""
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path, hint) as temporary:
         temporary.write_bytes(data)
@@ -86,7 +132,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
 
 
 def cache_root() -> Path:
-    """What can be made again lies in $FASTDLP_CACHE, else $XDG_CACHE_HOME/fastdlp, else ~/.cache/fastdlp."""
+    """Folder of reproducible files: $FASTDLP_CACHE, else $XDG_CACHE_HOME/fastdlp, else ~/.cache/fastdlp."""
     if own := os.environ.get("FASTDLP_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -95,13 +141,13 @@ def cache_root() -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Push a file's content to the disk, so that the rename cannot become durable before it."""
+    """Flush a file's content to the disk, so that the rename cannot become durable before it."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; systems that cannot open a folder (Windows) do without."""
+    """Make the rename itself durable, except on systems that cannot open a folder (Windows)."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,16 +1,15 @@
-"""Pre-trains the demonstration model `glyph-clip`: a small CLIP that has read printed glyphs only.
+"""Pre-train the demonstration model `glyph-clip`, a small CLIP, on printed glyphs.
 
     python -m fastdlp.pretrain --out DIR        a few minutes on two CPU cores, no network
 
-The data are the digits and letters of the fonts that matplotlib ships, so anyone renders the same ones.
-Federated fine-tuning then takes the model to scikit-learn's `load_digits`, handwriting of 8x8 pixels.
-No image of that set is trained on: the renderer's ranges were set by eye to resemble its look, and the
-zero-shot figure is taken on it at the end.
+The data are the digits and letters of the fonts in matplotlib, so they are reproducible. Federated fine-tuning then
+adapts the model to scikit-learn's `load_digits`, handwriting of 8x8 pixels. No image of that data set is trained on;
+the augmentation's ranges were chosen to resemble it, and the zero-shot accuracy is measured on it at the end.
 
-    font file -> glyph [64, 64]          `render_atlas`: each character, each font, three pen widths
-              -> warped, [32, 32] bits   `handwrite`: rotated, sheared, bent, pen thickened or thinned
-              -> [8, 8] uint8            `handwrite`: 4x4 blocks counted, as load_digits was scanned
-              -> [32, 32] -> [n, 3, 32, 32] float32      `preprocess`: what the model's transform does
+    font file -> glyph [64, 64]          `render_atlas`: each character, each font, three stroke widths
+              -> warped, [32, 32] bits   `handwrite`: rotated, sheared, bent, strokes thickened or thinned
+              -> [8, 8] uint8            `handwrite`: 4x4 blocks counted, as in load_digits
+              -> [32, 32] -> [n, 3, 32, 32] float32      `preprocess`: the model's transform
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import string
 import time
 from collections.abc import Iterator
@@ -31,12 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdlp.clip.tokenizer import VOCAB_SIZE, ByteTokenizer
+from fastdlp.data.sources import DIGIT_NAMES, DIGIT_TEMPLATE, digits
+from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
+from fastdlp.files import write_atomic
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
 NAME = "glyph-clip"
-CANVAS, BITMAP, SCAN = 64, 32, 8  # side of a rendered glyph, of the written one, of the scanned one
+CANVAS, BITMAP, SCAN = 64, 32, 8  # sides of a rendered glyph, of the warped one and of the image
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
@@ -45,13 +46,13 @@ MODEL_CFG: dict[str, Any] = {
 }
 PREPROCESS_CFG: dict[str, Any] = {
     "size": [32, 32],
-    "mean": [0.48145466, 0.4578275, 0.40821073],  # open_clip's OPENAI_DATASET_MEAN and _STD
-    "std": [0.26862954, 0.26130258, 0.27577711],
+    "mean": list(OPENAI_MEAN),
+    "std": list(OPENAI_STD),
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
 
-# Upright and slanted faces only: a bold one, shrunk to eight pixels, is a blot.
+# No bold fonts: they are not legible at 8 pixels.
 FONTS = [
     "DejaVuSans.ttf",
     "DejaVuSans-Oblique.ttf",
@@ -67,20 +68,12 @@ FONTS = [
     "cmtt10.ttf",
 ]
 CHARACTERS = string.digits + string.ascii_lowercase + string.ascii_uppercase  # class c is CHARACTERS[c]
-DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-DIGIT_PROMPT = "a photo of the digit {}"
-TEMPLATES = [
-    "a photo of the {}",
-    "an image of the {}",
-    "a picture of the {}",
-    "a drawing of the {}",
-    "the {}",
-]
+TEMPLATES = ["a photo of the {}", "an image of the {}", "a picture of the {}", "a drawing of the {}", "the {}"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run is made of; the defaults made the weights that ship with the package."""
+    """Hyperparameters; the defaults are those of the weights in the package."""
 
     seed: int = 0
     text_steps: int = 60
@@ -92,7 +85,7 @@ class Settings:
     label_smoothing: float = 0.05
 
 
-# ---------------------------------------------------------------------------------------------- the data
+# -- data -----------------------------------------------------------------------------------------------------------
 
 
 def captions(character: str) -> list[str]:
@@ -105,7 +98,7 @@ def captions(character: str) -> list[str]:
 
 
 def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2)) -> Tensor:
-    """Draws each character once per font and pen width: [characters, fonts * strokes, 64, 64] uint8."""
+    """Draw each character once per font and stroke width: [characters, fonts * strokes, 64, 64] uint8."""
     import matplotlib
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -118,7 +111,7 @@ def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2))
         centre = (CANVAS / 2, CANVAS / 2)
         pen = ImageDraw.Draw(canvas)
         left, top, right, bottom = pen.textbbox(centre, character, font=face, anchor="mm", stroke_width=stroke)
-        at = (CANVAS - (left + right) / 2, CANVAS - (top + bottom) / 2)  # the ink's centre on the canvas's
+        at = (CANVAS - (left + right) / 2, CANVAS - (top + bottom) / 2)  # centered
         pen.text(at, character, fill=255, font=face, anchor="mm", stroke_width=stroke)
         return np.asarray(canvas)
 
@@ -128,10 +121,10 @@ def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2))
 
 
 def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
-    """Printed glyphs as somebody might write them: [n, 64, 64] uint8 -> scans [n, 8, 8] uint8.
+    """Augment printed glyphs to resemble handwriting: [n, 64, 64] uint8 -> scans [n, 8, 8] uint8.
 
-    The last steps are those by which `load_digits` came about, as its documentation has them: a 32x32
-    bitmap, normalized in size, of which the inked pixels of each 4x4 block are counted, 0 to 16.
+    The last steps are those that produced `load_digits`, according to its documentation: a 32x32 bitmap, normalized in
+    size, of which the black pixels of each 4x4 block are counted, 0 to 16.
     """
     n = len(glyphs)
 
@@ -147,14 +140,14 @@ def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     size = [n, 1, BITMAP, BITMAP]
     glyphs = glyphs[:, None].float() / 255
 
-    # Where to read the glyph for each pixel: an affine map, plus a smooth random field that bends strokes.
+    # Sampling positions: an affine map, plus a smooth random field that bends strokes.
     angle, shear, stretch = 0.15 * normal(), 0.2 * normal(), (0.15 * normal() + 0.05).exp()
     cos, sin = angle.cos(), angle.sin()
     rows = torch.stack([cos * stretch, shear - sin, sin, cos / stretch], -1).view(n, 2, 2)
     bend = F.interpolate(0.06 * normal(2, 5, 5), size=(BITMAP, BITMAP), mode="bicubic", align_corners=True)
     where = F.affine_grid(F.pad(rows, (0, 1)), size, align_corners=False) + bend.permute(0, 2, 3, 1)
 
-    # The box of the ink, fitted to the bitmap: full height, or full width for what is wider than high.
+    # Fit the bounding box to the bitmap: full height, or full width for glyphs that are wider than high.
     ticks = (torch.arange(BITMAP) + 0.5) * 2 / BITMAP - 1
 
     def extent(profile: Tensor) -> tuple[Tensor, Tensor]:  # [n, 32] -> centre, half size, in [-1, 1]
@@ -172,7 +165,7 @@ def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     where = sample(where.permute(0, 3, 1, 2), F.affine_grid(fit, size, align_corners=False))
     ink = sample(glyphs, where.permute(0, 2, 3, 1))
 
-    # Blurred and cut at a random level, the pen grows thicker or thinner; then the scan and its noise.
+    # Blur, and threshold at a random level, which changes the stroke width; then count and add noise.
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     ink = F.conv2d(ink, (kernel[:, None] * kernel)[None, None], padding=2)
     bits = ink > uniform(0.25, 0.55).view(n, 1, 1, 1) * ink.amax((1, 2, 3), keepdim=True)
@@ -181,7 +174,7 @@ def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def make_glyphs(atlas: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`n` scans [n, 8, 8] uint8 with their classes [n] int64; every third one is a digit."""
+    """`n` scans [n, 8, 8] uint8 with their classes [n] int64; a third of them are digits."""
     generator = torch.Generator().manual_seed(seed)
     digit = torch.rand(n, generator=generator) < 1 / 3
     labels = torch.where(
@@ -206,14 +199,11 @@ def preprocess(scans: Tensor) -> Tensor:
 
 def load_digit_scans() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits: [1797, 8, 8] uint8 and labels [1797] int64."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    scans = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)
-    return scans, torch.from_numpy(digits.target)
+    source = digits()
+    return torch.from_numpy(source.images), torch.from_numpy(source.labels)
 
 
-# --------------------------------------------------------------------------------------------- the model
+# -- model and training ---------------------------------------------------------------------------------------------
 
 
 def build_model(model_cfg: dict[str, Any] = MODEL_CFG) -> CLIP:
@@ -224,9 +214,9 @@ def build_model(model_cfg: dict[str, Any] = MODEL_CFG) -> CLIP:
 
 
 def contrastive_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """CLIP's symmetric loss where images share captions: logits [images, classes], labels [images] -> [].
+    """CLIP's symmetric loss for images that share captions: logits [images, classes], labels [images] -> [].
 
-    Image to text it is a cross entropy over the classes; text to image, every image of the class is right.
+    Image to text: cross-entropy over the classes. Text to image: every image of the class is a positive.
     """
     to_text = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     to_image = -logits.log_softmax(0).gather(1, labels[:, None])[:, 0]  # [images]
@@ -242,15 +232,15 @@ def class_tokens() -> list[Tensor]:
 
 
 def draw_captions(tokens: list[Tensor], generator: torch.Generator) -> Tensor:
-    """One caption of every class, at random: [classes, context_length] int64."""
+    """A random caption of every class: [classes, context_length] int64."""
     return torch.stack([t[int(torch.randint(len(t), (), generator=generator))] for t in tokens])
 
 
 def read_captions(model: CLIP, settings: Settings) -> None:
-    """Teaches the text tower alone which captions mean the same, before it meets an image.
+    """Train the text tower alone to embed captions of the same class alike, before any image.
 
-    At first all captions embed alike, differing in a word as they do, and for hundreds of steps neither
-    tower finds what to tell the other. These few steps, cheap without images, are worth those hundreds.
+    Initially all captions, which differ in one word, have nearly the same embedding, and the joint loss decreases only
+    after hundreds of steps. These few steps, cheap without images, replace them.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = class_tokens()
@@ -268,7 +258,7 @@ def read_captions(model: CLIP, settings: Settings) -> None:
 
 
 def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Iterator[tuple[int, float]]:
-    """Trains in place and yields (step, loss). Each step draws a caption for every class anew."""
+    """Train in place and yield (step, loss). Each step draws a new caption for every class."""
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = class_tokens()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -304,7 +294,7 @@ def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Ite
 
 @torch.no_grad()
 def predict(model: CLIP, scans: Tensor, prompts: list[str]) -> Tensor:
-    """The index of the prompt each scan is nearest to: [n, 8, 8] uint8 -> [n] int64."""
+    """The index of the nearest prompt of each scan: [n, 8, 8] uint8 -> [n] int64."""
     model.eval()
     text = model.encode_text(ByteTokenizer(MODEL_CFG["text_cfg"]["context_length"])(prompts), normalize=True)
     chunks = preprocess(scans).split(512)
@@ -312,69 +302,63 @@ def predict(model: CLIP, scans: Tensor, prompts: list[str]) -> Tensor:
 
 
 def digits_zero_shot(model: CLIP) -> float:
-    """The share of `load_digits` that the model reads right without having seen handwriting."""
+    """Zero-shot accuracy on `load_digits`."""
     scans, labels = load_digit_scans()
-    prompts = [DIGIT_PROMPT.format(name) for name in DIGIT_NAMES]
+    prompts = [DIGIT_TEMPLATE.format(name) for name in DIGIT_NAMES]
     return (predict(model, scans, prompts) == labels).float().mean().item()
 
 
-def replace_with(path: Path, content: bytes) -> None:
-    """Writes a whole file or none: under a temporary name first, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def save(model: CLIP, out: Path, trained_with: dict[str, Any]) -> None:
-    """`glyph-clip.safetensors`, fp32 under open_clip's names, and the `glyph-clip.json` that explains it."""
+    """Write `glyph-clip.safetensors`, fp32 with open_clip's names, and its configuration `glyph-clip.json`."""
     import safetensors.torch
 
-    out.mkdir(parents=True, exist_ok=True)
     state = {name: value.float().contiguous() for name, value in model.state_dict().items()}
-    replace_with(out / f"{NAME}.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_atomic(out / f"{NAME}.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
     about = {
         "model_cfg": MODEL_CFG,
         "preprocess_cfg": PREPROCESS_CFG,
         "tokenizer": "bytes",
         "trained_with": trained_with,
     }
-    replace_with(out / f"{NAME}.json", (json.dumps(about, indent=2) + "\n").encode())
+    write_atomic(out / f"{NAME}.json", json.dumps(about, indent=2) + "\n")
 
 
 def command_line(settings: Settings) -> str:
-    """The command that repeats a run: only what differs from the defaults, and no folder of this machine."""
+    """The command that reproduces a run, with the options that differ from the defaults."""
     defaults = asdict(Settings())
     changed = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(settings).items() if v != defaults[k]]
     return " ".join(["python -m fastdlp.pretrain --out DIR", *changed])
 
 
 def pretrain(out: Path, settings: Settings) -> dict[str, Any]:
-    """Renders, trains, measures and writes both files; returns the record that the JSON keeps."""
+    """Render, train, evaluate and write both files; returns the record that is written to the JSON."""
+    from rich.columns import Columns
+    from rich.console import Console
+
+    console = Console(highlight=False)
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
     model = build_model()
     atlas = render_atlas()
     scans, labels = make_glyphs(atlas, settings.glyphs, settings.seed)
-    print(f"{len(scans):,} glyphs in {time.perf_counter() - start:.0f} s", flush=True)
+    console.print(f"{len(scans):,} glyphs in {time.perf_counter() - start:.0f} s")
     read_captions(model, settings)
     for step, loss in train(model, scans, labels, settings):
         if step % 50 == 0 or step == settings.steps - 1:
-            print(f"step {step:5d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s", flush=True)
+            console.print(f"step {step:5d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s")
     seconds = time.perf_counter() - start
 
     scans, labels = make_glyphs(atlas, max(620, settings.glyphs // 32), settings.seed + 1)
-    right = predict(model, scans, [captions(character)[0] for character in CHARACTERS]) == labels
-    print(f"held-out glyphs {right.float().mean():.3f}, of them:")
-    shares = [f"{c} {right[labels == i].float().mean():.2f}" for i, c in enumerate(CHARACTERS)]
-    for row in range(0, len(shares), 10):
-        print("   ", "  ".join(shares[row : row + 10]))
+    correct = predict(model, scans, [captions(character)[0] for character in CHARACTERS]) == labels
+    console.print(f"accuracy on held-out glyphs {correct.float().mean():.3f}, by character:")
+    console.print(Columns([f"{c} {correct[labels == i].float().mean():.2f}" for i, c in enumerate(CHARACTERS)]))
     zero_shot = digits_zero_shot(model)
-    print(f"zero-shot on load_digits {zero_shot:.4f}")
+    console.print(f"zero-shot on load_digits {zero_shot:.4f}")
     record = {
         **asdict(settings),
         "torch": torch.__version__.split("+")[0],
         "command": command_line(settings),
-        "glyphs_held_out": round(right.float().mean().item(), 4),
+        "glyphs_held_out": round(correct.float().mean().item(), 4),
         "digits_zero_shot": round(zero_shot, 4),
         "seconds": round(seconds),
     }

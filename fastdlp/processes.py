@@ -1,4 +1,4 @@
-"""What torchrun tells a process about itself. Standard library only: the command line asks before torch is loaded."""
+"""torchrun's environment variables. Standard library only: the command line reads them before torch is loaded."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from fastdlp.errors import FastdlpError
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leads() -> bool:
-    """Whether this process is the one that writes and shows: torchrun's first, or the only one."""
+    """Whether this process is rank 0, or the only one; it alone writes files and prints."""
     return world_size() == 1 or os.environ.get("RANK") == "0"
 
 
 def refuse_several() -> None:
-    """Raises FastdlpError where torchrun started several processes."""
+    """Raise FastdlpError where torchrun started several processes."""
     if world_size() > 1:
         raise FastdlpError("torchrun shards fastdlp train only: run this without it, in one process")

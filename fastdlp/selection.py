@@ -1,7 +1,7 @@
-"""Which backend each unit of a run uses, where `fastdlp.engine.autotune` measured it. Standard library only.
+"""The backend of each unit of a run, as `fastdlp.engine.autotune` selects it. Standard library only.
 
-Written down, it is a value of `--backend`: a run folder's config holds it, so a resumed run takes the same forms and
-measures nothing, also on another machine. Where Triton does not run there, it is refused as `--backend triton` is.
+Its text is a value of `--backend`. A run folder's config holds it, so that a resumed run uses the same backends without
+measuring again, also on another machine. Where Triton does not run, it is refused as `--backend triton` is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Choice:
-    """The form, "torch" or "triton", of a unit for a number of rows, and why."""
+    """The backend, "torch" or "triton", of a unit for a number of rows, and the reason."""
 
     unit: str
     rows: int
@@ -22,30 +22,30 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """Choices for one or a few numbers of rows a unit. seconds: that it took to make them; 0: they were kept."""
+    """Choices for one or a few numbers of rows a unit. seconds: duration of the measurements; 0 from the cache."""
 
     choices: tuple[Choice, ...]
     seconds: float = field(default=0.0, compare=False)
 
     def form(self, unit: str, rows: int) -> str:
-        """That of the nearest number of rows, as a ratio; torch for a unit that was not measured."""
+        """The backend for the nearest number of rows by ratio; torch for a unit that was not measured."""
         own = [choice for choice in self.choices if choice.unit == unit]
         return min(own, key=lambda c: abs(math.log(c.rows / max(rows, 1))), default=Choice(unit, 1, "torch")).form
 
     @property
     def reason(self) -> str:
-        """All choices in a line, and how long it took to make them."""
-        made = f"measured in {self.seconds:.0f} s" if self.seconds else "as measured before"
-        return "; ".join([f"{c.unit} of {c.rows} rows {c.form} ({c.why})" for c in self.choices] + [made])
+        """All choices in a line, and the duration of the measurements."""
+        source = f"measured in {self.seconds:.0f} s" if self.seconds else "as measured before"
+        return "; ".join([f"{c.unit} of {c.rows} rows {c.form} ({c.why})" for c in self.choices] + [source])
 
     def __str__(self) -> str:
-        """As `read_backend` reads it; one word where all units take one form."""
+        """The value of --backend: "torch" or "triton" where all units have the same one."""
         forms = {choice.form for choice in self.choices}
         return forms.pop() if len(forms) == 1 else ",".join(f"{c.unit}@{c.rows}={c.form}" for c in self.choices)
 
 
 def read_backend(text: str) -> str | Selection:
-    """A value of `--backend` that `TrainConfig.check` passed: one word, or what `Selection` wrote."""
+    """A value of --backend that `TrainConfig.check` accepts: one backend, or the text of a `Selection`."""
     if "@" not in text:
         return text
     fields = (entry.replace("=", "@").split("@") for entry in text.split(","))
@@ -53,5 +53,5 @@ def read_backend(text: str) -> str | Selection:
 
 
 def form_of(backend: str | Selection, unit: str, rows: int) -> str:
-    """The form of a unit for this many rows."""
+    """The backend of a unit for a number of rows."""
     return backend if isinstance(backend, str) else backend.form(unit, rows)

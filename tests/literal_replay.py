@@ -36,7 +36,8 @@ from torch import Tensor
 import fastdlp
 from fastdlp import TrainConfig
 from fastdlp.clip.tokenizer import ByteTokenizer
-from fastdlp.data.partition import Partition, save_partition
+from fastdlp.data.partition import Partition
+from fastdlp.data.partition_file import save_partition
 from fastdlp.data.registry import load_source
 from fastdlp.data.sources import ImageSource
 from tests.literal import DEFAULTS, PROTOCOLS, Federation, Settings

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdlp.data.benchmarks import BENCHMARKS
-from fastdlp.data.registry import DATASETS, load_source
+from fastdlp.data.registry import BENCHMARKS, DATASETS, load_source
 from fastdlp.data.sources import ArraySource
 from fastdlp.errors import FastdlpError
 from tests.benchmark_files import SMALL, expect_flowers, idx, make_flowers, pickled, write_image, write_lines

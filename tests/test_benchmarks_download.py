@@ -18,9 +18,8 @@ import pytest
 from torchvision import datasets
 from torchvision.datasets import utils
 
-from fastdlp.data.benchmarks import BENCHMARKS
 from fastdlp.data.download import confined_tar, fetch_archive
-from fastdlp.data.registry import load_source
+from fastdlp.data.registry import BENCHMARKS, load_source
 from fastdlp.errors import FastdlpError
 from tests.benchmark_files import SMALL, expect_flowers, md5, tar_bytes, write_archives
 

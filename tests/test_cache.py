@@ -201,7 +201,7 @@ def test_bad_samples_are_counted_named_and_cached(tmp_path: Path) -> None:
 def test_a_class_without_a_good_sample(tmp_path: Path) -> None:
     source = _source(broken=tuple(range(1, 20, 3)))
     for _ in range(2):
-        with pytest.raises(FastdlpError, match=r"nothing is left of 'b': s/1 \(image"):
+        with pytest.raises(FastdlpError, match=r"no sample of 'b' can be read: s/1 \(image"):
             load_pixels(source, TRANSFORM, tmp_path, on_bad="skip")
     with pytest.raises(FastdlpError, match="none of the 20 samples of toy is a readable image"):
         load_pixels(_source(broken=tuple(range(20))), TRANSFORM, tmp_path / "other", on_bad="skip")

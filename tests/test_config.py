@@ -6,13 +6,19 @@ import dataclasses
 
 import pytest
 
-from fastdlp.cli.options import HELP
-from fastdlp.config import PROTOCOLS, TrainConfig, differences
+from fastdlp.config import OPTIONS, PROTOCOLS, TrainConfig, differences
 from fastdlp.errors import FastdlpError
+from fastdlp.methods import METHODS, make_method, resolve
+from tests.conftest import CLI
 
 
-def test_every_option_is_on_the_command_line() -> None:
-    assert set(HELP) == {field.name for field in dataclasses.fields(TrainConfig)}
+@pytest.mark.parametrize("command", [("train",), ("sweep",)])
+def test_every_option_is_on_the_command_line(command: tuple[str, ...], cli: CLI) -> None:
+    code, out, _ = cli(*command, "--help")
+    assert code == 0
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert [option.flag for option in OPTIONS.values() if f"{option.flag} " not in out] == []
+    assert all(option.help and option.group for option in OPTIONS.values())
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -35,6 +41,11 @@ def test_the_demonstration_budget_is_the_embedded_model_s_alone() -> None:
     assert (TrainConfig().resolved().rounds, TrainConfig().resolved().lr) == (20, 1e-3)
     assert TrainConfig(rounds=3, lr=0.5).resolved().rounds == 3
     assert TrainConfig(lr=0.5).resolved().gate_lr == 0.5
+
+
+def test_options_of_methods_are_those_that_methods_read() -> None:
+    read = [make_method(resolve(TrainConfig(method=name))).reads() for name in METHODS if name != "fedfft"]
+    assert set.union(*read) == {option.name for option in OPTIONS.values() if option.of_methods}
 
 
 def test_json_round_trip_and_foreign_json() -> None:

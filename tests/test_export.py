@@ -29,7 +29,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.export import file_format
 from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.open_clip_format import FILE_PREPROCESSING, name_for_a_file
-from fastdlp.export.peft_format import twin, write_peft
+from fastdlp.export.peft_format import hub_model, write_peft
 from fastdlp.kernels.groups import RowGroups
 from tests.hugging_face import clip_model
 from tests.models import tiny_clip
@@ -202,15 +202,15 @@ def test_peft_adapts_one_tower_only(name: str, linears: int, runs: Path, tmp_pat
         ("glyph-clip", "", None),
     ],
 )
-def test_known_twins(model: str, pretrained: str, expected: str | None) -> None:
-    assert twin(model, pretrained) == expected
+def test_known_hub_models(model: str, pretrained: str, expected: str | None) -> None:
+    assert hub_model(model, pretrained) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "tower", "words"),
     [
         ("tiny-image", {"ls_init_value": 0.1}, "LayerScale"),
-        ("tiny-image", {"no_ln_pre": True}, "no norm in front"),
+        ("tiny-image", {"no_ln_pre": True}, "no norm before"),
         ("tiny-image", {"pool_type": "avg"}, "pooling over all patches"),
         ("tiny-text", {"no_causal_mask": True}, "no causal mask"),
         ("tiny-text", {"proj_bias": True}, "a bias in its projection"),
@@ -286,7 +286,7 @@ def test_open_clip_loads_the_merged_file(
 
 
 def test_a_file_that_would_lose_the_models_preparation(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(FastdlpError, match="brings its own architecture, which a file does not carry: let --out"):
+    with pytest.raises(FastdlpError, match="has its own architecture, which a file does not hold: pass a folder"):
         export_adapter(runs / "tiny-image", tmp_path / "model.safetensors", "open_clip", CLIENT)
     assert list(tmp_path.iterdir()) == []
 
@@ -297,9 +297,9 @@ def test_the_name_that_goes_with_a_file() -> None:
     assert name_for_a_file("ViT-B-32", {}, FILE_PREPROCESSING) == "ViT-B-32"
     assert name_for_a_file("ViT-B-32", quick, FILE_PREPROCESSING) == "ViT-B-32-quickgelu"
     assert name_for_a_file("ViT-B-32-quickgelu", quick, FILE_PREPROCESSING) == "ViT-B-32-quickgelu"
-    with pytest.raises(FastdlpError, match="ViT-S-32 has QuickGELU by its tag alone, which a file does not carry"):
+    with pytest.raises(FastdlpError, match="ViT-S-32 has QuickGELU by its tag alone, which a file does not hold"):
         name_for_a_file("ViT-S-32", quick, FILE_PREPROCESSING)
-    with pytest.raises(FastdlpError, match="takes images prepared otherwise"):
+    with pytest.raises(FastdlpError, match="has another preprocessing"):
         name_for_a_file("ViT-B-32", {}, FILE_PREPROCESSING | {"mean": [0.5, 0.5, 0.5]})
 
 
@@ -438,8 +438,8 @@ REFUSED = {
     "image --client 1 --format onnx --out new": "unknown --format 'onnx': choose from peft, open_clip, safetensors",
     "image --client 1 --format peft --out taken": "taken exists: name another --out",
     "image --client 1 --format safetensors --out taken.safetensors": "exists: name another --out",
-    "image --client 1 --format safetensors --out new": "end in .safetensors",
-    "image --client 1 --format peft --out new.safetensors": "makes a folder",
+    "image --client 1 --format safetensors --out new": "ends in .safetensors",
+    "image --client 1 --format peft --out new.safetensors": "writes a folder",
     "image --client 1 --format peft --out taken.safetensors/new": "cannot write",
     "nowhere --client 1 --format peft --out new": "does not exist",
     "unfinished --client 1 --format peft --out new": "has not ended: finish it with fastdlp train --resume",

@@ -149,7 +149,7 @@ def test_adapters_that_do_not_fit_the_run(run: Path, tmp_path: Path, cli: Any) -
     write_adapter(tmp_path / "tiny.safetensors", random_lora())
     code, out, err = cli("evaluate", run, "--adapter", tmp_path / "tiny.safetensors")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "0.fc1/A is (3, 32), this model needs (3, 128)" in err
+    assert "0.fc1/A is (3, 32), this model has (3, 128)" in err
     deep = TowerShape(layers=5, width=128, mlp=512, embed=128)
     write_adapter(tmp_path / "deep.safetensors", random_lora(shape=deep))
     with pytest.raises(FastdlpError, match=r"adapts 4\.fc1, which the model's tower does not have"):
@@ -227,11 +227,11 @@ TENSORS: dict[str, tuple[Change, str]] = {
     ),
     "not a number": (
         lambda t: t.update({AT + "mlp.fc1.lora_B.weight": torch.full((128, 3), float("nan"))}),
-        "0.fc1/B holds something else than finite",
+        "0.fc1/B must hold finite",
     ),
     "integers": (
         lambda t: t.update({AT + "mlp.fc1.lora_B.weight": torch.ones(128, 3, dtype=torch.int8)}),
-        "0.fc1/B holds something else than finite",
+        "0.fc1/B must hold finite",
     ),
     "nothing": (lambda t: t.clear(), "holds no adapter"),
 }
@@ -260,7 +260,7 @@ def test_pickles(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "a.safetensors").write_bytes(bomb)
     assert_one_line(tmp_path / "a.safetensors", "damaged or not a safetensors file")
     (tmp_path / "a.bin").write_bytes(bomb)
-    assert_one_line(tmp_path / "a.bin", "does not end in .safetensors: no other file is read, least of all a pickle")
+    assert_one_line(tmp_path / "a.bin", "does not end in .safetensors: no other file is read")
     (folder / "adapter_model.safetensors").write_bytes(bomb)
     assert_one_line(folder, "damaged or not a safetensors file")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -280,15 +280,15 @@ def test_places_without_an_adapter(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
     assert_one_line(folder, "is not JSON")
     save_file({"0.q/A": torch.ones(2, 3)}, tmp_path / "a.safetensors")
-    assert_one_line(tmp_path / "a.safetensors", "is no adapter that fastdlp export wrote")
+    assert_one_line(tmp_path / "a.safetensors", "is not an adapter of fastdlp export")
     about = {"format": "fastdlp-lora", "version": "1", "encoder": "image", "rank": "2", "scale": "4.0"}
     for change, words in (
         ({"version": "2"}, "is of version 2, this fastdlp reads version 1"),
-        ({"rank": "two"}, "rank and scale in its metadata are no numbers"),
+        ({"rank": "two"}, "rank and scale in its metadata are not numbers"),
         ({"scale": "nan"}, "scale nan, expected"),
         ({"encoder": "sound"}, "the encoder is 'sound', expected image or text"),
         ({"rank": "3"}, "0.q/A is (2, 3), expected [3, K]"),
-        ({}, "'global/0.q/A' is no adapter of a linear"),
+        ({}, "'global/0.q/A' is not an adapter of a linear"),
     ):
         name = "0.q" if change else "global/0.q"
         tensors = {f"{name}/A": torch.ones(2, 3), f"{name}/B": torch.ones(3, 2)}

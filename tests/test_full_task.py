@@ -256,7 +256,7 @@ def test_a_user_is_told_what_it_takes(few: Path, tmp_path: Path, cli: CLI) -> No
     assert code == 0, err
     count = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
     told = " ".join((out + err).split())
-    assert f"full fine-tuning of {count:,} parameters: one copy for all clients, who take turns" in told
+    assert f"full fine-tuning of {count:,} parameters: one copy for all clients, which train one after another" in told
     code, out, err = cli("train", *options, "--method", "flora", "--out", tmp_path / "other")
     assert "full fine-tuning" not in out + err
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdlp.data.deal import dirichlet_shares
-from fastdlp.data.partition import SCHEMES, Partition, counts, load_partition, make_partition, save_partition
+from fastdlp.data.partition import SCHEMES, Partition, counts, dirichlet_proportions, make_partition
+from fastdlp.data.partition_file import load_partition, save_partition
 from fastdlp.errors import FastdlpError
 
 LABELS = np.arange(300) % 7
@@ -54,7 +54,7 @@ def test_dirichlet_ends_at_every_beta(beta: float, clients: int) -> None:
 @pytest.mark.parametrize("beta", [0.05, 0.5, 1.0, 3.0])
 def test_shares_have_the_moments_of_dirichlet(beta: float) -> None:
     rng = np.random.default_rng(0)
-    shares = np.array([dirichlet_shares(rng, 4, beta) for _ in range(20_000)])
+    shares = np.array([dirichlet_proportions(rng, 4, beta) for _ in range(20_000)])
     assert np.allclose(shares.sum(axis=1), 1)
     assert np.allclose(shares.mean(axis=0), 1 / 4, atol=0.015)
     variance = (1 / 4) * (3 / 4) / (4 * beta + 1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdlp.data.partition import Partition, load_partition, make_partition, save_partition
-from fastdlp.data.select import hold_out, keep_shots
+from fastdlp.data.partition import Partition, hold_out, keep_shots, make_partition
+from fastdlp.data.partition_file import load_partition, save_partition
 from fastdlp.errors import FastdlpError
 
 CLASSES = 7

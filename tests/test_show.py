@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition, counts, make_partition
+from fastdlp.data.partition_file import partition_of
+from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
 from fastdlp.report.partition import _draw_bars, _draw_grid, partition_figure, partition_table
+from tests.conftest import CLI
 
 LABELS = np.arange(90) % 3
 NAMES = [r"$\frac$", "[bold]c", "long name of a class"]
@@ -108,3 +114,26 @@ def test_unused_samples_and_other_schemes_are_told() -> None:
     assert f"{used} of 90 samples · 2 clients · file" in _text(partition_table(part, LABELS, NAMES))
     dealt = make_partition(LABELS, 3, "pathological", classes_per_client=1)
     assert "1 classes per client" in _text(partition_table(dealt, LABELS, NAMES))
+
+
+def test_data_show_counts_the_partition_of_a_run(cli: CLI) -> None:
+    """Also its shots and validation samples, and from a partition file."""
+    options: dict[str, Any] = {"clients": 4, "beta": 0.5, "shots": 12, "val_fraction": 0.2}
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    code, out, err = cli("data", "show", *flags, "--json")
+    assert (code, err) == (0, "")
+    source = load_source("digits")
+    run = partition_of(TrainConfig(**options), source.labels, source.ids, source.name)
+    assert run.val
+    shown = json.loads(out)["clients"]
+    for side, expected in (("train", run.train), ("val", run.val), ("test", run.test)):
+        assert [sum(client[side]) for client in shown] == [len(samples) for samples in expected]
+    lines = [line.split() for line in cli("data", "show", *flags)[1].splitlines()]
+    sizes = [[str(len(side[client])) for side in (run.train, run.val, run.test)] for client in range(4)]
+    assert [line[-3:] for line in lines if line and line[0] in "0123"] == sizes
+
+
+def test_data_show_refuses_what_a_partition_file_determines(few: Path, cli: CLI) -> None:
+    code, out, err = cli("data", "show", "--partition", few, "--clients", 3)
+    assert (code, out) == (2, "")
+    assert "leave out --clients" in err

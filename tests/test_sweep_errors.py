@@ -92,9 +92,9 @@ def test_without_a_place(refused: Refused, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_place_that_holds_something_else(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert "exists and is not a sweep: name another --out" in refused("--out", tmp_path)
-    assert "exists and is not a sweep: name another --out" in refused("--out", tmp_path, "--overwrite")
-    assert "exists and is not a sweep: name another --out" in refused("--out", tmp_path / "notes.txt")
+    assert "exists and is not a sweep folder: name another --out" in refused("--out", tmp_path)
+    assert "exists and is not a sweep folder: name another --out" in refused("--out", tmp_path, "--overwrite")
+    assert "exists and is not a sweep folder: name another --out" in refused("--out", tmp_path / "notes.txt")
     assert _files(tmp_path) == {tmp_path / "notes.txt": b"mine"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import fastdlp
+from fastdlp.data import partition_file
 from fastdlp.data.registry import load_source
 from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
@@ -108,7 +109,7 @@ def drawn_no_more(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         for name in ("hold_out", "keep_shots", "make_partition"):
-            monkeypatch.setattr(federation, name, refuse)
+            monkeypatch.setattr(partition_file, name, refuse)
 
     return forbid
 

@@ -1,4 +1,4 @@
-"""From open_clip's modules to the plain tensors of towers and stems. Needs the modules, not open_clip itself."""
+"""Conversion of open_clip's modules to the tensors of towers and stems. Does not import open_clip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def image_tower(visual: Any) -> Tower:
     return Tower(
         blocks=_blocks(visual.transformer),
         ln_post=_norm(visual.ln_post),
-        proj=FrozenLinear(visual.proj.detach().T.contiguous(), None),
+        proj=FrozenLinear(visual.proj.detach().T.contiguous()),
         heads=visual.transformer.resblocks[0].attn.num_heads,
         causal=False,
         pool={"tok": "tok", "avg": "avg"}[visual.pool_type],
@@ -31,9 +31,9 @@ def text_tower(net: Any) -> Tower:
     if projection is None:
         raise FastdlpError(f"this text tower has no projection: {SUPPORTED}")
     if isinstance(projection, nn.Linear):
-        proj = FrozenLinear(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+        proj = _linear(projection)
     else:
-        proj = FrozenLinear(projection.detach().T.contiguous(), None)
+        proj = FrozenLinear(projection.detach().T.contiguous())
     return Tower(
         blocks=_blocks(net.transformer),
         ln_post=_norm(net.ln_final),
@@ -55,13 +55,12 @@ def image_stem(visual: Any) -> ImageStem:
 
 
 def text_stem(net: Any) -> TextStem:
-    causal = net.attn_mask is not None
     return TextStem(
         net.token_embedding.weight.detach(),
         net.positional_embedding.detach(),
         net.text_pool_type,
         int(net.text_eos_id),
-        cut=causal,
+        cut=net.attn_mask is not None,
     )
 
 
@@ -95,4 +94,5 @@ def _norm(module: Any) -> Norm:
 
 
 def _linear(module: Any, norm: Norm | None = None, activation: str = "none") -> FrozenLinear:
-    return FrozenLinear(module.weight.detach(), module.bias.detach(), norm, activation)
+    bias = None if module.bias is None else module.bias.detach()
+    return FrozenLinear(module.weight.detach(), bias, norm, activation)

@@ -1,6 +1,4 @@
-"""CLIP models by open_clip's names, as frozen towers and stems.
-
-Only this module and `pretrain`, which makes such a model, import open_clip.
+"""CLIP models by open_clip's names, as frozen towers and stems. Only this module and `pretrain` import open_clip.
 
 Supported: open_clip's own ViT image towers with its own text transformer (OpenAI, LAION, DataComp, MetaCLIP,
 CLIPA weights; QuickGELU or GELU), by name and tag, by `local-dir:` folder or by a checkpoint file; and the
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 
 from fastdlp.adapters.branches import TowerShape
 from fastdlp.clip.convert import SUPPORTED, image_stem, image_tower, text_stem, text_tower
-from fastdlp.clip.stem import ImageStem, TextStem
+from fastdlp.clip.stem import ImageStem, TextStem, leaves
 from fastdlp.clip.tower import Tower
 from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.data.transform import Transform
@@ -40,7 +38,7 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP in fp32 on the CPU, ready to be moved tower by tower."""
+    """A frozen CLIP in fp32 on the CPU; towers and stems are moved to a device separately."""
 
     name: str
     image: Tower
@@ -50,26 +48,25 @@ class Clip:
     tokenize: Callable[[list[str]], Tensor]
     transform: Transform
     logit_scale: float  # exp(logit_scale), frozen
-    net: nn.Module  # open_clip's own module, whose weights the towers share; for who trains or exports all of it
+    net: nn.Module  # open_clip's own module, whose weights the towers share; for full fine-tuning and export
 
     def tower(self, encoder: str) -> Tower:
         return self.image if encoder == "image" else self.text
 
     def fingerprint(self) -> str:
-        """sha256 over all frozen weights: adapters belong to exactly these."""
+        """sha256 over all frozen weights, which identifies those that adapters were trained on."""
         digest = hashlib.sha256(repr(self.logit_scale).encode())
-        for part in (self.image, self.text, self.image_stem, self.text_stem):
-            _hash(part, digest)
+        for leaf in leaves((self.image, self.text, self.image_stem, self.text_stem)):
+            digest.update(leaf.contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
         return digest.hexdigest()
 
 
 def known_models() -> list[str]:
-    """The names that `--model` takes, without local-dir: and hf-hub:."""
+    """The names that `--model` accepts, without local-dir: and hf-hub:."""
     import open_clip
 
-    return [EMBEDDED_MODEL] + [
-        name for name in open_clip.list_models() if not _why_not(open_clip.get_model_config(name))
-    ]
+    names = [name for name in open_clip.list_models() if not _unsupported(open_clip.get_model_config(name))]
+    return [EMBEDDED_MODEL, *names]
 
 
 def describe(model: str) -> tuple[TowerShape, TowerShape]:
@@ -107,13 +104,13 @@ def load_clip(model: str, pretrained: str | None = None, seed: int = 0) -> Clip:
 
     Args:
         model: an open_clip name, `local-dir:PATH`, `hf-hub:ORG/REPO` or `glyph-clip`.
-        pretrained: a tag of open_clip, a checkpoint file, or the word `none` for random weights. None takes
-            the embedded weights (glyph-clip) or OpenAI's.
+        pretrained: a tag of open_clip, a checkpoint file, or `none` for random weights. None means the embedded
+            weights (glyph-clip) or OpenAI's.
         seed: of the random weights.
 
     Raises:
-        FastdlpError: unknown or unsupported model, unknown tag, missing, foreign or damaged checkpoint,
-            weights that cannot be downloaded.
+        FastdlpError: unknown or unsupported model, unknown tag, checkpoint that is missing, damaged or of another
+            model, weights that cannot be downloaded.
     """
     return as_clip(model, *load_net(model, pretrained, seed))
 
@@ -126,7 +123,7 @@ def load_net(model: str, pretrained: str | None = None, seed: int = 0) -> tuple[
 
 
 def as_clip(name: str, net: Any, preprocess: dict[str, Any], tokenize: Any) -> Clip:
-    """What `load_net` gave as frozen towers and stems, which share its weights."""
+    """The result of `load_net` as frozen towers and stems, which share its weights."""
     return Clip(
         name=name,
         image=image_tower(net.visual),
@@ -141,7 +138,7 @@ def as_clip(name: str, net: Any, preprocess: dict[str, Any], tokenize: Any) -> C
 
 
 def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
-    """The captions of the classes: "a photo of a {}." with each name put in."""
+    """The captions of the classes: the template with each name in place of {}."""
     return [template.replace("{}", name) for name in class_names]
 
 
@@ -173,7 +170,7 @@ def model_config(model: str) -> dict[str, Any]:
         try:
             with _hub():
                 config = _get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"]
-        except Exception as error:  # the hub client raises a zoo of types; each means "not to be had"
+        except Exception as error:  # the hub client raises unrelated types; each means that it is unavailable
             raise FastdlpError(f"--model {model} cannot be fetched (offline?): {_first_line(error)}") from None
     else:
         config = open_clip.get_model_config(model)
@@ -182,12 +179,13 @@ def model_config(model: str) -> dict[str, Any]:
             f"unknown model {model!r}: try {EMBEDDED_MODEL}, ViT-B-32-quickgelu, ViT-B-16 or ViT-L-14 "
             "(fastdlp info --models lists all)"
         )
-    if why := _why_not(config):
+    if why := _unsupported(config):
         raise FastdlpError(f"model {model!r} has {why}: {SUPPORTED}")
     return config
 
 
-def _why_not(config: dict[str, Any]) -> str | None:
+def _unsupported(config: dict[str, Any]) -> str | None:
+    """The part of a model that towers do not implement, if any."""
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     if vision.get("timm_model_name"):
         return "a timm image tower"
@@ -199,16 +197,8 @@ def _why_not(config: dict[str, Any]) -> str | None:
         return "an attentional pooler (CoCa)"
     if config.get("custom_text") or text.get("embed_cls") or config.get("init_logit_bias") is not None:
         return "a text tower or loss of another kind"
-    special = (
-        "qk_norm",
-        "scaled_cosine_attn",
-        "scale_heads",
-        "scale_attn_inner",
-        "scale_attn",
-        "scale_fc",
-        "block_type",
-    )
-    if any(tower.get(name) for tower in (vision, text) for name in special):
+    special = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    if any(tower.get(name) for tower in (vision, text) for name in (*special, "block_type")):
         return "attention blocks of another kind"
     return None
 
@@ -222,7 +212,7 @@ def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any,
     if ":" in model:  # local-dir: and hf-hub: bring their own weights
         weights = None
         if pretrained not in (None, "none"):
-            raise FastdlpError(f"--pretrained {pretrained} does not go with --model {model}, which has its own weights")
+            raise FastdlpError(f"--model {model} has its own weights: leave out --pretrained {pretrained}")
         options = {"load_weights": pretrained is None, "require_pretrained": pretrained is None}
     else:
         tags = open_clip.list_pretrained_tags_by_model(model)
@@ -247,13 +237,13 @@ def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any,
                 model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options
             )
             tokenize = _tokenizer(model, config)
-        except Exception as error:  # open_clip, the hub client and torch raise a zoo of types
+        except Exception as error:  # open_clip, the hub client and torch raise unrelated types
             raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
     return net.eval(), net.visual.preprocess_cfg, tokenize
 
 
 def _tokenizer(model: str, config: dict[str, Any]) -> Any:
-    """open_clip's, or the embedded model's where its exported folder says so."""
+    """open_clip's, or for an exported embedded model its own."""
     import open_clip
 
     if model.startswith("local-dir:"):
@@ -266,7 +256,7 @@ def _tokenizer(model: str, config: dict[str, Any]) -> Any:
 
 
 def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config: dict[str, Any]) -> bool:
-    """Whether to force QuickGELU. open_clip only warns when a tag's activation is not the model's."""
+    """Whether to force QuickGELU. open_clip only warns where a tag has another activation than the model."""
     trained, built = bool(tag_config.get("quick_gelu")), bool(config.get("quick_gelu"))
     if built and not trained:
         raise FastdlpError(
@@ -288,7 +278,6 @@ def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
 
 def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
     import open_clip
-    from safetensors.torch import load_file
 
     from fastdlp.clip.tokenizer import ByteTokenizer
 
@@ -303,13 +292,8 @@ def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, An
         path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
         try:
             with _quiet():
-                state = (
-                    load_file(path)
-                    if path.suffix == ".safetensors"
-                    else torch.load(path, map_location="cpu", weights_only=True)
-                )
-            net.load_state_dict(state)
-        except Exception as error:  # safetensors and torch have no common base for "not a checkpoint of this model"
+                open_clip.load_checkpoint(net, str(path), weights_only=True)
+        except Exception as error:  # safetensors and torch raise unrelated types
             raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
     return net.eval(), description["preprocess_cfg"], ByteTokenizer(config["text_cfg"]["context_length"])
 
@@ -344,7 +328,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip tells of random weights and the like in warnings and log lines; its errors stay errors."""
+    """Suppress warnings and log lines, with which open_clip reports random weights; its errors still raise."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -357,11 +341,11 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _hub() -> Iterator[None]:
-    """Where the hub cannot be reached, its client tries for a minute; told so, it looks into its cache at once."""
+    """Set the hub's client offline where the hub is unreachable: it reads its cache at once instead of retrying."""
     from huggingface_hub import constants
 
     before, url = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT)
-    if not getproxies():  # a proxy may reach what we cannot
+    if not getproxies():  # a proxy may reach the hub
         try:
             socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), 5).close()
         except OSError:
@@ -376,7 +360,7 @@ def _transform(preprocess: dict[str, Any]) -> Transform:
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise FastdlpError(f"the model takes {height}×{width} images; only square ones are supported")
+        raise FastdlpError(f"the model's input is {height}×{width} pixels; only square inputs are supported")
     return Transform(
         size=height,
         resize_mode=preprocess.get("resize_mode", "shortest"),
@@ -384,16 +368,3 @@ def _transform(preprocess: dict[str, Any]) -> Transform:
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
     )
-
-
-def _hash(value: Any, digest: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(value.contiguous().numpy().tobytes())
-    elif isinstance(value, tuple):
-        for item in value:
-            _hash(item, digest)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            _hash(getattr(value, name), digest)
-    else:
-        digest.update(repr(value).encode())

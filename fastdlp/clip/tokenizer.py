@@ -1,12 +1,11 @@
-"""A tokenizer without a vocabulary file: text as its utf-8 bytes.
+"""A tokenizer without a vocabulary file: text as its UTF-8 bytes.
 
-The demonstration model `glyph-clip` reads a handful of short captions, for which the 49,408 pieces of
-CLIP's own tokenizer would be most of the model's weights.  Here the ids are:
+The embedding of the 49,408 tokens of CLIP's own tokenizer would be most of the weights of `glyph-clip`. The ids are:
 
     0          padding
     1 .. 256   a byte of value 0 .. 255
     257        start
-    258        end, the highest id: open_clip's `argmax` pooling finds the end of a text by it
+    258        end, the highest id, which open_clip's `argmax` pooling finds
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ VOCAB_SIZE = 259
 
 
 class ByteTokenizer:
-    """`tokenizer(texts) -> ids [n, context_length] int64`, called as an open_clip tokenizer is.
+    """`tokenizer(texts) -> ids [n, context_length] int64`, with the interface of open_clip's tokenizers.
 
-    Text is lower-cased and its white space collapsed; what does not fit is cut off, never the end token.
+    Text is lower-cased, its white space is collapsed, and it is truncated before the end token.
     """
 
     vocab_size = VOCAB_SIZE
 
     def __init__(self, context_length: int = 48) -> None:
         if context_length < 2:
-            raise ValueError(f"context_length must hold start and end, so at least 2, not {context_length}")
+            raise ValueError(f"context_length is {context_length}: it must be at least 2, for start and end")
         self.context_length = context_length
 
     def encode(self, text: str) -> list[int]:

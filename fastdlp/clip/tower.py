@@ -13,7 +13,7 @@ affect the end token), and the last block computes queries, output projection an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastdlp.adapters.bank import Adapters
 from fastdlp.adapters.branches import TowerShape
+from fastdlp.clip.stem import map_tensors
 from fastdlp.kernels.activation import ACTIVATIONS
 from fastdlp.kernels.attention import attention, fits, self_attention
 from fastdlp.kernels.dual_lora import Recompute, dual_lora_torch
@@ -95,7 +96,13 @@ class Tower:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
         """The tower on another device or in another dtype."""
-        return _moved(self, device, dtype)
+
+        def move(tensor: Tensor) -> Tensor:
+            # The same tensor if nothing changes, because frozen products cache a layout per tensor.
+            tensor = tensor.detach() if tensor.requires_grad else tensor
+            return tensor.to(device=device, dtype=dtype).contiguous()
+
+        return map_tensors(self, move)
 
     def features(
         self,
@@ -284,16 +291,3 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return x[:, :1]
     return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[2]))
-
-
-def _moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A frozen dataclass tree with every tensor moved."""
-    if isinstance(value, Tensor):
-        # The same tensor if nothing changes, because frozen products cache a layout per tensor.
-        value = value.detach() if value.requires_grad else value
-        return value.to(device=device, dtype=dtype).contiguous()
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device, dtype) for item in value)
-    if isinstance(value, (Tower, Block, Norm, FrozenLinear)):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device, dtype) for f in fields(value)})
-    return value

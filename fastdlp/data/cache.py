@@ -1,11 +1,11 @@
-"""Every image decoded, resized and cropped once, kept as bytes in a file that later runs map into memory.
+"""Cache of decoded, resized and cropped images: a file of bytes that later runs map into memory.
 
-An entry is two files: `NAME.npy`, uint8 [n, 3, S, S], and `NAME.json`, which is written last and makes the
-entry valid. NAME holds the SHA-256 of everything the pixels depend on, so an entry never goes stale and may
-be deleted at any time. Two processes that make the same entry at once write the same bytes.
+An entry is two files: `NAME.npy`, uint8 [n, 3, S, S], and `NAME.json`, which is written last and makes the entry valid.
+NAME holds the SHA-256 of everything that the pixels depend on, so an entry is never outdated and may be deleted at any
+time. Two processes that write the same entry at once write the same bytes.
 
-The rows are written one after another and mapped only when complete: writing through a map on a full disk
-would kill the process.
+Rows are written one after another and the file is mapped when complete, because writing to a mapped file on a full disk
+kills the process.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from fastdlp.errors import FastdlpError
 from fastdlp.files import atomic_path, cache_root, write_atomic
 
 FORMAT_VERSION = 1
-_HINT = "set $FASTDLP_CACHE to a folder that can be written, with enough room"
-_CHUNK = 256  # images in flight: bounds the memory between the decoding threads and the file
-_STALE = 24 * 3600  # seconds after which a temporary file is taken for the rest of a killed run
+_HINT = "set $FASTDLP_CACHE to a writable folder with enough space"
+_CHUNK = 256  # images decoded ahead of the file, which bounds the memory
+_STALE = 24 * 3600  # age in seconds from which a temporary file is regarded as left by a killed run
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """A data set ready for training.
+    """A preprocessed data set.
 
     Attributes:
-        data: uint8 [n, 3, S, S], a read-only map of the cache file.
+        data: uint8 [n, 3, S, S], the cache file mapped read-only.
         labels: int64 [n], indices into class_names.
         ids: n sample names.
         class_names: one name per class.
@@ -74,13 +74,13 @@ def load_pixels(
 
     Args:
         source: the images.
-        transform: gives the size and how it is reached.
+        transform: resizes and crops.
         cache_dir: folder of the cache; `fastdlp.files.cache_root()` if None.
-        on_bad: what to do about truncated files, files that are no images, and images too large to decode.
+        on_bad: whether files that are truncated, no images or too large are refused or skipped.
         progress: called as progress(done, total) while decoding.
 
     Raises:
-        FastdlpError: bad samples and on_bad is "refuse"; a class without any good sample; a cache folder that
+        FastdlpError: bad samples and on_bad is "refuse"; a class without a readable sample; a cache folder that
             cannot be written.
     """
     if on_bad not in ("refuse", "skip"):
@@ -88,7 +88,7 @@ def load_pixels(
     if not len(source):
         raise FastdlpError(f"the data set {source.name} holds no samples")
     fingerprint = source.fingerprint()
-    # The decoder and the resampler are part of the key: another version may round differently.
+    # With the versions of decoder and resampler, which may round differently.
     parts = [str(FORMAT_VERSION), PIL.__version__, torchvision.__version__, transform.key(), fingerprint]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9]+", "-", source.name).strip("-")[:40] + f"-{transform.size}-{key[:32]}"
@@ -97,11 +97,10 @@ def load_pixels(
     shape = (3, transform.size, transform.size)
     found = _read_entry(entry, key, len(source), shape)
     if found is None:
-        bad = _write_entry(entry, key, source, transform, progress)
-        _check_bad(source, bad, on_bad)
+        _check_bad(source, _write_entry(entry, key, source, transform, progress), on_bad)
         found = _read_entry(entry, key, len(source), shape)
-        if found is None:
-            raise FastdlpError(f"the cache file {entry} cannot be read back: remove it and try again")
+    if found is None:
+        raise FastdlpError(f"the cache file {entry} cannot be read back: remove it and try again")
     data, bad = found
     _check_bad(source, bad, on_bad)
     good = [index for index in range(len(source)) if index not in bad]
@@ -118,23 +117,22 @@ def load_pixels(
 
 
 def _check_bad(source: ImageSource, bad: dict[int, str], on_bad: str) -> None:
-    """Raise unless the bad samples may be dropped and every class keeps a good one."""
+    """Raise FastdlpError unless bad samples may be skipped and every class has a readable one."""
     if not bad:
         return
     named = ", ".join(f"{source.ids[index]} ({reason})" for index, reason in list(bad.items())[:5])
-    if len(bad) > 5:
-        named += f" and {len(bad) - 5} more"
+    named += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     if len(bad) == len(source):
         raise FastdlpError(f"none of the {len(source)} samples of {source.name} is a readable image: {named}")
     if on_bad == "refuse":
         raise FastdlpError(
             f"{len(bad)} of the {len(source)} samples of {source.name} cannot be read: {named}; "
-            "mend or remove them, or pass --bad-images skip"
+            "repair or remove them, or pass --bad-images skip"
         )
     kept = np.delete(source.labels, list(bad))
     if lost := sorted(set(source.labels.tolist()) - set(kept.tolist())):
         classes = ", ".join(repr(source.class_names[label]) for label in lost)
-        raise FastdlpError(f"without the unreadable samples nothing is left of {classes}: {named}")
+        raise FastdlpError(f"no sample of {classes} can be read: {named}")
 
 
 def _read_entry(entry: Path, key: str, total: int, shape: tuple[int, ...]) -> tuple[np.ndarray, dict[int, str]] | None:
@@ -148,10 +146,8 @@ def _read_entry(entry: Path, key: str, total: int, shape: tuple[int, ...]) -> tu
         whole = entry.stat().st_size == data.offset + data.nbytes
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if not all(0 <= index < total for index in bad):
-        return None
-    right = data.shape == (total - len(bad), *shape) and data.dtype == np.uint8 and data.flags.c_contiguous
-    return (data, bad) if whole and right else None
+    valid = data.shape == (total - len(bad), *shape) and data.dtype == np.uint8 and data.flags.c_contiguous
+    return (data, bad) if whole and valid and all(0 <= index < total for index in bad) else None
 
 
 def _write_entry(
@@ -161,9 +157,9 @@ def _write_entry(
     transform: Transform,
     progress: Callable[[int, int], None] | None,
 ) -> dict[int, str]:
-    """Decode everything and write the entry, good samples only; returns the bad ones {index: reason}.
+    """Decode everything and write the readable samples; returns the bad ones {index: reason}.
 
-    The entry does not depend on `on_bad`: a refused data set is not decoded again to be told to skip.
+    The entry does not depend on `on_bad`, so a data set that was refused is not decoded again to skip bad samples.
     """
     _remove_stale(entry)
     bad: dict[int, str] = {}
@@ -184,31 +180,31 @@ def _write_entry(
 
 
 def _write_header(file: BinaryIO, count: int, size: int) -> None:
-    """The .npy header of uint8 [count, 3, size, size]; padded, so a smaller count takes the same room."""
+    """The .npy header of uint8 [count, 3, size, size], padded to a length that does not depend on the count."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _decode_all(source: ImageSource, transform: Transform) -> Iterator[tuple[np.ndarray | None, str]]:
-    """Per sample, in order: (uint8 [3, S, S], "") or (None, reason). Threads do: Pillow releases the GIL."""
+    """Per sample, in order: (uint8 [3, S, S], "") or (None, reason). In threads, since Pillow releases the GIL."""
 
     def decode(index: int) -> tuple[np.ndarray | None, str]:
         try:
             return transform.to_uint8(source.open(index)), ""
         except MemoryError:
             raise
-        except Exception as error:  # a decoder fed with rubbish may raise anything; each is one bad file
+        except Exception as error:  # a decoder may raise anything for a damaged file
             return None, _reason(error)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(thread_count()) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata is no concern of the pixels
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(source), _CHUNK):
             yield from pool.map(decode, range(start, min(start + _CHUNK, len(source))))
 
 
 def _reason(error: Exception) -> str:
-    """A few words on why a sample cannot be read, without its path, which differs between machines."""
+    """Why a sample cannot be read, without its path, which differs between machines."""
     if isinstance(error, PIL.UnidentifiedImageError):
         return "not an image file"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
@@ -219,7 +215,7 @@ def _reason(error: Exception) -> str:
 
 
 def _remove_stale(entry: Path) -> None:
-    """Remove what a killed run left of this entry; one that another process is writing is younger."""
+    """Remove temporary files of killed runs; those of a process that is still writing are younger."""
     with suppress(OSError):
         for path in entry.parent.glob(f".{entry.stem}.*.npy"):
             if time.time() - path.stat().st_mtime > _STALE:

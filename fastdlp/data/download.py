@@ -1,4 +1,4 @@
-"""Downloads: fetched and unpacked in a folder aside, moved into place whole, and never written elsewhere."""
+"""Downloads, unpacked in a temporary folder and moved into place when complete. No archive member escapes it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 TIMEOUT = 60.0
-"""Seconds without an answer before a download gives up."""
+"""Seconds without a response after which a download fails."""
 
 
 def download_folder(fetch: Callable[[Path], None], root: Path, folder: str) -> None:
-    """Let `fetch` download and unpack into a folder aside, then move what it left in `folder` there to root/folder.
+    """Let `fetch` download and unpack into a temporary folder, then move the subfolder `folder` of it to root/folder.
 
-    torchvision takes any folder of the right name for a complete one, also what a broken download left.
+    Not directly to `root`, because torchvision takes any folder of the right name for a complete one.
 
     Raises:
-        Exception: whatever `fetch` raises; nothing is left then.
+        Exception: whatever `fetch` raises; no file remains then.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as aside, _timeout(), confined_tar():
-        fetch(Path(aside))
-        fetched = Path(aside, folder)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary, _timeout(), confined_tar():
+        fetch(Path(temporary))
+        fetched = Path(temporary, folder)
         for archive in [*fetched.glob("*.tar.gz"), *fetched.glob("*.tgz"), *fetched.glob("raw/*.gz")]:
-            archive.unlink()  # left by torchvision; unpacked, it would only double the room taken
+            archive.unlink()  # torchvision keeps it beside the unpacked files
         os.replace(fetched, root / folder)
 
 
@@ -37,7 +37,7 @@ def fetch_archive(url: str, md5: str, into: Path) -> None:
     """Download an archive (.zip, or .tar in any compression), check it and unpack it into the folder `into`.
 
     Raises:
-        RuntimeError: the MD5 sum is another one.
+        RuntimeError: the MD5 sum differs.
         tarfile.TarError, ValueError: a member would be written outside `into`.
     """
     from torchvision.datasets import utils
@@ -56,7 +56,7 @@ def unpack(archive: Path, into: Path) -> None:
         return
     with zipfile.ZipFile(archive) as zipped:
         for name in zipped.namelist():
-            # zipfile would write such a member inside, under another name, and say nothing.
+            # zipfile would silently write such a member to `into` under another name.
             if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
                 raise ValueError(f"{archive.name} holds {name!r}, which points outside its folder")
         zipped.extractall(into)
@@ -64,10 +64,13 @@ def unpack(archive: Path, into: Path) -> None:
 
 @contextmanager
 def confined_tar() -> Iterator[None]:
-    """Tars are unpacked as data, whoever unpacks them: torchvision does it without a filter before 0.29, which Python
-    before 3.14 takes for full trust. Python before 3.11.4 has no filter; `_refuse_outside` stands in there."""
+    """Unpack every tar with Python's data filter inside the block, also those that torchvision unpacks.
+
+    torchvision before 0.29 passes no filter, which Python before 3.14 takes for full trust. Python before 3.11.4 has no
+    filter; `_refuse_outside` replaces it there.
+    """
     name = "extraction_filter" if hasattr(tarfile, "data_filter") else "extractall"
-    before = vars(tarfile.TarFile)[name]  # as it stands there, a static method or None
+    before = vars(tarfile.TarFile)[name]  # without the descriptor protocol: a static method or None
 
     def extractall(tar: tarfile.TarFile, path: str | os.PathLike[str] = ".", *args: Any, **options: Any) -> None:
         _refuse_outside(tar)
@@ -82,9 +85,9 @@ def confined_tar() -> Iterator[None]:
 
 
 def _refuse_outside(tar: tarfile.TarFile) -> None:
-    """Raise tarfile.TarError for a member that could end outside the folder; an absolute name loses its root.
+    """Raise tarfile.TarError for a member that could be written outside the folder; strip the root of absolute names.
 
-    Stricter than Python's filter: no link upwards, nothing behind a link, nothing but files, folders and links.
+    Stricter than Python's filter: no link upwards, no member below a link, only files, folders and links.
     """
     links: set[PurePosixPath] = set()
     for member in tar.getmembers():
@@ -102,7 +105,7 @@ def _refuse_outside(tar: tarfile.TarFile) -> None:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """urllib waits for ever by default, and torchvision passes no limit."""
+    """Limit urllib's waiting, which is unlimited by default; torchvision passes no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

@@ -1,31 +1,23 @@
-"""Who holds which samples: the federated split of one data set.
+"""The federated split of one data set: which client holds which samples, and for what.
 
-Every sample goes to exactly one client, and within a client to training or test (`fastdlp.data.select` may then take
-validation samples from training, or leave training samples out). A partition depends on its
-arguments alone, since it has a random stream of its own, and always comes to an end. It can be written down
-as sample ids and read back on any machine.
+Every sample is assigned to exactly one client, and within a client to training or test. `hold_out` then moves training
+samples to validation, and `keep_shots` drops training samples. A partition has random streams of its own, so that it
+depends on its arguments alone. `fastdlp.data.partition_file` writes it as sample ids.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from fastdlp.data.deal import deal_classes, deal_dirichlet
 from fastdlp.errors import FastdlpError
-from fastdlp.files import read_json, write_atomic
 
 SCHEMES = ("dirichlet", "iid", "pathological")
-_FORMAT = "fastdlp-partition"
-_VERSION = 1
-_MOST_DRAWS = 100
+_MAX_DRAWS = 100
+_VALIDATION, _SHOTS = 1, 2  # random streams of a partition seed; draws of the split itself are [seed, draw]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +25,15 @@ class Partition:
     """A federated split.
 
     Attributes:
-        train, test: per client, int64 sample indices in rising order.
-        scheme: one of SCHEMES, or what a file names.
-        beta: Dirichlet's concentration; None in other schemes.
+        train, test: per client, int64 sample indices in ascending order.
+        scheme: one of SCHEMES, or the one that a file names.
+        beta: concentration of the Dirichlet distribution; None in other schemes.
         classes_per_client: of "pathological"; None in other schemes.
-        seed: what the split was drawn with.
-        draws: 1, or more where empty clients made it draw again.
-        test_fraction: share of each client's samples that is test.
-        dataset, fingerprint: of the data the split was made for; "" if not given.
-        val: as train and test, or empty where there is no validation.
+        seed: of the random streams.
+        draws: number of splits drawn; more than 1 only with `on_empty="redraw"`.
+        test_fraction: fraction of each client's samples that is test.
+        dataset, fingerprint: of the data; "" if not given.
+        val: as train and test; [] without validation.
     """
 
     train: list[np.ndarray]
@@ -63,7 +55,7 @@ class Partition:
 
     @property
     def empty(self) -> list[int]:
-        """The clients without a training sample; they take no part."""
+        """The clients without a training sample, which are left out of training."""
         return [client for client, samples in enumerate(self.train) if not len(samples)]
 
 
@@ -79,35 +71,35 @@ def make_partition(
     dataset: str = "",
     fingerprint: str = "",
 ) -> Partition:
-    """Deal the samples to clients, then split each client's part into training and test.
+    """Assign the samples to clients, then split those of each client into training and test.
 
     Args:
         labels: int [n], the class of each sample.
         clients: how many clients.
-        scheme: "dirichlet": per class, the clients' shares ~ Dirichlet(beta); "iid": at random, sizes within
-            one of each other; "pathological": classes_per_client classes each, a class shared evenly by its
-            holders.
-        beta: small is uneven. Any positive number works, down to one client per class.
+        scheme: "dirichlet": per class, the clients' proportions ~ Dirichlet(beta); "iid": at random, sizes that
+            differ by one at most; "pathological": classes_per_client classes each, a class split evenly among its
+            clients.
+        beta: small is uneven. Any positive number works; in the limit 0 each class has one client.
         classes_per_client: for "pathological".
         seed: 0 or more. Equal arguments give equal partitions.
-        test_fraction: between 0 and 1; rounded down, at least one of two or more samples, never a lone one.
-        on_empty: clients without a training sample are kept, refused, or avoided by drawing anew, 100 times
+        test_fraction: between 0 and 1; rounded down, at least one of two or more samples, none of one sample.
+        on_empty: clients without a training sample are kept, refused, or avoided by drawing again, 100 times
             at most.
-        dataset, fingerprint: written down with the partition.
+        dataset, fingerprint: of the data, recorded in the partition.
 
     Raises:
-        FastdlpError: arguments out of range, or empty clients against on_empty.
+        FastdlpError: arguments out of range, or empty clients that on_empty does not allow.
     """
     labels = np.asarray(labels)
     _check_arguments(labels, clients, scheme, beta, classes_per_client, seed, test_fraction, on_empty)
-    for draw in range(_MOST_DRAWS):
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, draw])))
+    for draw in range(_MAX_DRAWS):
+        rng = _generator(seed, draw)
         if scheme == "dirichlet":
-            parts = deal_dirichlet(rng, labels, clients, beta)
+            parts = _assign_dirichlet(rng, labels, clients, beta)
         elif scheme == "iid":
             parts = np.array_split(rng.permutation(len(labels)), clients)
         else:
-            parts = deal_classes(rng, labels, clients, classes_per_client)
+            parts = _assign_classes(rng, labels, clients, classes_per_client)
         splits = [_split(rng, part, test_fraction) for part in parts]
         partition = Partition(
             train=[train for train, _ in splits],
@@ -124,19 +116,18 @@ def make_partition(
         if not partition.empty or on_empty == "keep":
             return partition
         if on_empty == "refuse":
-            named = ", ".join(str(client) for client in partition.empty)
             raise FastdlpError(
-                f"clients without a training sample: {named}; use fewer clients, a larger beta or another "
-                "seed, or keep or redraw empty clients"
+                f"clients without a training sample: {', '.join(map(str, partition.empty))}; use fewer clients, a "
+                "larger beta or another seed, or keep or redraw empty clients"
             )
     raise FastdlpError(
-        f"{_MOST_DRAWS} draws all left a client without a training sample: use fewer clients or a larger "
+        f"each of {_MAX_DRAWS} draws left a client without a training sample: use fewer clients or a larger "
         "beta, or keep empty clients"
     )
 
 
 def counts(partition: Partition, labels: np.ndarray, classes: int | None = None) -> np.ndarray:
-    """Samples per client and class: int64 [clients, classes, 2], the last axis training (with validation) and test.
+    """Samples per client and class: int64 [clients, classes, 2]; last axis: training (with validation) and test.
 
     `labels` is int [n]; `classes` defaults to the largest label plus one.
     """
@@ -147,73 +138,97 @@ def counts(partition: Partition, labels: np.ndarray, classes: int | None = None)
     return np.stack([np.stack(side) for side in sides], axis=-1).astype(np.int64)
 
 
-def save_partition(path: str | os.PathLike[str], partition: Partition, ids: Sequence[str]) -> None:
-    """Write a partition as JSON, client to sample ids. `ids` names the samples the indices count.
+def hold_out(partition: Partition, fraction: float) -> Partition:
+    """Move a fraction of each client's training samples to validation, rounded down, at least one of two or more.
 
     Raises:
-        FastdlpError: the file cannot be written.
+        FastdlpError: the partition has validation samples already.
     """
-    head = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "dataset": partition.dataset,
-        "fingerprint": partition.fingerprint,
-        "scheme": partition.scheme,
-        "beta": partition.beta,
-        "classes_per_client": partition.classes_per_client,
-        "seed": partition.seed,
-        "draws": partition.draws,
-        "test_fraction": partition.test_fraction,
-    }
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-    members = []
-    parts = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
-    for client in range(partition.clients):
-        names = {side: [ids[i] for i in samples[client]] for side, samples in parts.items()}
-        sides = [f'   "{side}": {json.dumps(samples)}' for side, samples in names.items()]
-        members.append(f'  "{client}": {{\n' + ",\n".join(sides) + "\n  }")
-    write_atomic(path, "\n".join(["{", *lines, ' "clients": {', ",\n".join(members), " }", "}", ""]))
+    if partition.val:
+        raise FastdlpError("the partition file names validation samples: leave out --val-fraction")
+    splits = [
+        _split(_generator(partition.seed, _VALIDATION, client, 2**20), samples, fraction)
+        for client, samples in enumerate(partition.train)
+    ]
+    return replace(partition, train=[train for train, _ in splits], val=[val for _, val in splits])
 
 
-def load_partition(path: str | os.PathLike[str], ids: Sequence[str], dataset: str = "") -> Partition:
-    """Read a partition back and map its sample ids to indices into `ids`.
+def keep_shots(partition: Partition, labels: np.ndarray, shots: int) -> Partition:
+    """Keep `shots` training samples of each class, drawn from those of all clients; all of them where there are fewer.
 
-    Samples that the file leaves out stay unused. `dataset` names the data that `ids` come from, in messages.
-
-    Raises:
-        FastdlpError: file missing, not JSON or not a partition; no client; an id twice, or not in the data.
+    A client keeps those of its samples that are drawn, so the skew between clients stays and some may hold none.
+    `labels` is int [n].
     """
-    document = read_json(path, "partition")
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise FastdlpError(f"{path} is not a partition file: it lacks the format {_FORMAT!r}")
-    if document.get("version") != _VERSION:
-        raise FastdlpError(
-            f"{path} is a partition of version {document.get('version')!r}; this fastdlp reads {_VERSION}"
-        )
-    members = document.get("clients")
-    if not isinstance(members, dict) or not members:
-        raise FastdlpError(f"the partition {path} names no client")
-    sides = [_names(path, client, member) for client, member in members.items()]
-    _check_names(path, [name for side in sides for names in side for name in names], ids, document, dataset)
+    pool = np.concatenate(partition.train)
+    kept = []
+    for label in np.unique(labels[pool]):
+        samples = np.sort(pool[labels[pool] == label])
+        kept.append(_generator(partition.seed, _SHOTS, int(label), 2**20).permutation(samples)[:shots])
+    drawn = np.concatenate(kept)
+    return replace(partition, train=[samples[np.isin(samples, drawn)] for samples in partition.train])
 
-    index = {name: position for position, name in enumerate(ids)}
-    train, test, val = ([np.sort(np.array([index[n] for n in s[i]], np.int64)) for s in sides] for i in range(3))
-    if not any(len(samples) for samples in train):
-        raise FastdlpError(f"in the partition {path} no client has a training sample")
-    beta = _field(path, document, "beta", (int, float, type(None)), None)
-    return Partition(
-        train=train,
-        test=test,
-        scheme=_field(path, document, "scheme", (str,), "file"),
-        beta=float(beta) if beta is not None else None,
-        classes_per_client=_field(path, document, "classes_per_client", (int, type(None)), None),
-        seed=_field(path, document, "seed", (int,), 0),
-        test_fraction=float(_field(path, document, "test_fraction", (int, float), 0.25)),
-        draws=_field(path, document, "draws", (int,), 1),
-        dataset=_field(path, document, "dataset", (str,), ""),
-        fingerprint=_field(path, document, "fingerprint", (str,), ""),
-        val=val if any(len(samples) for samples in val) else [],
-    )
+
+def _assign_dirichlet(rng: np.random.Generator, labels: np.ndarray, clients: int, beta: float) -> list[np.ndarray]:
+    """Shuffle the samples of each class and split them by Dirichlet proportions; int64 [m] per client."""
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label in np.unique(labels):
+        samples = rng.permutation(np.flatnonzero(labels == label))
+        proportions = dirichlet_proportions(rng, clients, beta)
+        # Rounded, not rounded down, or the last client would get a sample of nearly every class.
+        cuts = np.minimum(np.rint(np.cumsum(proportions)[:-1] * len(samples)).astype(np.int64), len(samples))
+        for part, piece in zip(parts, np.split(samples, cuts)):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def dirichlet_proportions(rng: np.random.Generator, clients: int, beta: float) -> np.ndarray:
+    """One draw of Dirichlet(beta, ..., beta): float64 [clients], sum 1, for every positive beta.
+
+    Gamma variates are normalized as logarithms: at a small beta the variates themselves all underflow to 0. Below 1,
+    Gamma(beta) = Gamma(beta + 1) U^(1/beta), whose logarithm is finite after multiplication by beta; the maximum is
+    subtracted there. The limit is one client with proportion 1.
+    """
+    if beta >= 1:
+        logs = np.log(rng.standard_gamma(beta, clients))
+        logs -= logs.max()
+    else:
+        scaled = beta * np.log(rng.standard_gamma(beta + 1, clients)) - rng.standard_exponential(clients)
+        with np.errstate(over="ignore"):
+            logs = (scaled - scaled.max()) / beta
+    weights = np.exp(logs)
+    return weights / weights.sum()
+
+
+def _assign_classes(
+    rng: np.random.Generator, labels: np.ndarray, clients: int, classes_per_client: int
+) -> list[np.ndarray]:
+    """Assign `classes_per_client` classes to each client and split a class evenly among its clients; int64 [m] each.
+
+    Classes are taken from a shuffled pool of all classes, to which a new permutation is added when it holds none that
+    the client lacks. So the numbers of clients of two classes differ by one at most.
+    """
+    classes = np.unique(labels)
+    pool: list[int] = []
+    assigned: dict[int, list[int]] = {label: [] for label in classes.tolist()}
+    for client in range(clients):
+        for _ in range(classes_per_client):
+            new = [label for label in pool if client not in assigned[label]]
+            if not new:
+                pool += rng.permutation(classes).tolist()
+                new = [label for label in pool if client not in assigned[label]]
+            pool.remove(new[0])
+            assigned[new[0]].append(client)
+    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for label, members in assigned.items():
+        samples = rng.permutation(np.flatnonzero(labels == label))
+        for client, piece in zip(members, np.array_split(samples, len(members))):
+            parts[client].append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _generator(*seeds: int) -> np.random.Generator:
+    """A random stream of its own for every combination of seeds."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seeds)))
 
 
 def _check_arguments(
@@ -253,42 +268,7 @@ def _check_arguments(
 
 
 def _split(rng: np.random.Generator, part: np.ndarray, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test indices of one client, each sorted."""
+    """Training and test (or validation) indices of one client, each sorted."""
     shuffled = rng.permutation(np.sort(part)).astype(np.int64)
     tests = max(int(len(part) * test_fraction), 1) if len(part) >= 2 else 0
     return np.sort(shuffled[tests:]), np.sort(shuffled[:tests])
-
-
-def _names(path: Any, client: str, member: Any) -> tuple[list[str], ...]:
-    """The training, test and validation ids of one client of a file; the last may be missing there."""
-    member = member if isinstance(member, dict) else {}
-    found = member.get("train"), member.get("test"), member.get("val", [])
-    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in found):
-        raise FastdlpError(f"in the partition {path} client {client!r} lacks the lists of ids train and test")
-    return found
-
-
-def _check_names(path: Any, names: list[str], ids: Sequence[str], document: dict[str, Any], dataset: str) -> None:
-    """Raise where a name occurs twice or is not among `ids`."""
-    if twice := [name for name, uses in Counter(names).items() if uses > 1]:
-        raise FastdlpError(f"the partition {path} uses {_first(twice)} more than once")
-    known = set(ids)
-    if missing := [name for name in names if name not in known]:
-        made_for = document.get("dataset")
-        note = f"; it was made for {made_for!r}" if made_for and made_for != dataset else ""
-        raise FastdlpError(
-            f"the partition {path} names samples that the data set {dataset or 'given'} does not have: "
-            f"{_first(missing)}{note}"
-        )
-
-
-def _first(names: list[str]) -> str:
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _field(path: Any, document: dict[str, Any], name: str, kinds: tuple[type, ...], default: Any) -> Any:
-    """document[name], checked for its type; the default where it is missing."""
-    value = document.get(name, default)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise FastdlpError(f"in the partition {path} the field {name!r} is {value!r}")
-    return value

@@ -1,6 +1,6 @@
-"""Labelled images of one data set, in one form: names, labels, sample ids, and `open(i)`.
+"""Labelled images of one data set behind one interface: names, labels, sample ids and `open(i)`.
 
-Lists and labels are read at once; images are decoded when they are opened.
+Lists and labels are read at once, images when they are opened.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastdlp.errors import FastdlpError
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """What every data set offers; subclasses say where a sample's bytes are.
+    """Interface of every data set; subclasses define where a sample's bytes are.
 
     Attributes:
         name: the data set's name, the same on every machine.
-        class_names: one name per class, in words fit for a prompt.
+        class_names: one name per class, as in a prompt.
         template: the prompt, with one {} for the class name.
         labels: int64 [n], indices into class_names.
         ids: n distinct sample names, the same on every machine.
@@ -92,24 +92,33 @@ class FileSource(ImageSource):
             with open(self.paths[index], "rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
         except OSError:
-            return b"unreadable"  # load_pixels names the file; once readable, the fingerprint changes
+            return b"unreadable"  # load_pixels reports the file; the fingerprint changes once it is readable
+
+
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT_TEMPLATE = "a photo of the digit {}"
 
 
 def thread_count() -> int:
-    """Threads worth using for decoding: the processors this process may use, at most 16."""
+    """Number of threads for decoding: the processors that this process may use, at most 16."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, 16)
 
 
-def digits() -> ImageSource:
-    """scikit-learn's 1,797 grey 8x8 digits; they come with the library, nothing is downloaded."""
+def prompt_name(name: str) -> str:
+    """A class name as in a prompt: single spaces in place of underscores."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def digits() -> ArraySource:
+    """scikit-learn's 1,797 grey 8x8 digits, which are part of the library."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     return ArraySource(
         name="digits",
-        class_names=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
-        template="a photo of the digit {}",
+        class_names=DIGIT_NAMES,
+        template=DIGIT_TEMPLATE,
         labels=bunch.target.astype(np.int64),
         ids=[f"digits/{i:05d}" for i in range(len(bunch.target))],
         images=np.round(bunch.images * (255 / 16)).astype(np.uint8),
@@ -117,7 +126,7 @@ def digits() -> ImageSource:
 
 
 def image_folder(root: Path) -> ImageSource:
-    """One class per folder in `root`. Files that are no images stay in the list: load_pixels reports them."""
+    """One class per folder in `root`. Files that are no images stay in the list; `load_pixels` reports them."""
     if not root.is_dir():
         raise FastdlpError(f"{root} is not a folder: folder:PATH needs a folder with one folder of images per class")
     class_names: list[str] = []
@@ -136,10 +145,10 @@ def image_folder(root: Path) -> ImageSource:
                 )
             if not any(file.suffix.lower() in _readable()[0] for file in files):
                 raise FastdlpError(f"the class folder {folder} holds no images: add some or remove it")
-            name = " ".join(folder.name.replace("_", " ").replace("-", " ").split())
+            name = prompt_name(folder.name.replace("-", " "))
             if not name or name in class_names:
-                twin = f" like that of {folders[class_names.index(name)].name!r}" if name else " and is empty"
-                raise FastdlpError(f"the folder name {folder.name!r} reads {name!r} in a prompt{twin}: rename it")
+                why = f" like that of {folders[class_names.index(name)].name!r}" if name else ", which is empty"
+                raise FastdlpError(f"the folder name {folder.name!r} reads {name!r} in a prompt{why}: rename it")
             labels += [len(class_names)] * len(files)
             paths += files
             class_names.append(name)
@@ -162,9 +171,9 @@ def _visible(folder: Path) -> list[Path]:
 
 @cache
 def _readable() -> tuple[frozenset[str], list[str]]:
-    """The extensions and the formats that Pillow decodes by itself.
+    """The extensions and the formats that Pillow decodes itself.
 
-    EPS is left out, by name and by content, because Pillow hands it to Ghostscript, which runs it.
+    EPS is excluded, by extension and by content: Pillow calls Ghostscript, which executes it.
     """
     known = Image.registered_extensions()
     extensions = frozenset(ext for ext, name in known.items() if name not in ("EPS", "PDF", "PALM"))
@@ -172,7 +181,7 @@ def _readable() -> tuple[frozenset[str], list[str]]:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (0..65535) to mode L; Pillow's own conversion clips at 255, so all turns white."""
+    """Scale 16-bit grey (0..65535) to mode L; Pillow's own conversion clips at 255."""
     if image.mode == "F":
         raise ValueError("a floating-point image has no fixed white: save it with 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):

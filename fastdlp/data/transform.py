@@ -1,7 +1,7 @@
-"""From an image to the tensor CLIP sees, cut in two so that the expensive half can be cached as bytes.
+"""CLIP's evaluation transform in two parts, so that the result of the expensive one can be cached as bytes.
 
-`to_uint8` resizes and crops (once per image, on the CPU); `normalize` subtracts the mean and divides by the
-deviation (every step, on any device). Together they are bitwise what open_clip's evaluation transform gives.
+`to_uint8` resizes and crops (once per image, on the CPU); `normalize` subtracts the mean and divides by the standard
+deviation (every step, on any device). Together they equal open_clip's evaluation transform bitwise.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from torchvision.transforms import functional as F
 
 from fastdlp.errors import FastdlpError
 
+# Of OpenAI's CLIP; open_clip also assumes them of a checkpoint file.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class Transform:
     """An evaluation transform of CLIP.
 
     Attributes:
-        size: side S of the square the model takes, in pixels.
+        size: side S of the model's input, in pixels.
         resize_mode: "shortest" scales the shorter side to S and crops the centre; "squash" scales both to S.
         interpolation: "bicubic" or "bilinear".
         mean, std: per channel, for values in 0..1.
@@ -59,7 +63,7 @@ class Transform:
             if self.size * (self.size * long // max(short, 1)) > (Image.MAX_IMAGE_PIXELS or float("inf")):
                 raise ValueError(f"{image.width} x {image.height} pixels is too narrow to scale to {self.size}")
             image = F.center_crop(F.resize(image, [self.size], method), [self.size, self.size])
-        # Last, as open_clip does it: the order shows in palette and transparent images.
+        # Last, as in open_clip: for palette and transparent images the order matters.
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -67,5 +71,5 @@ class Transform:
         return F.normalize(pixels.to(torch.float32, copy=True).div_(255), list(self.mean), list(self.std), inplace=True)
 
     def key(self) -> str:
-        """What `to_uint8` depends on, as text: equal keys give equal bytes for equal images."""
+        """The parameters of `to_uint8` as text: equal keys give equal bytes for equal images."""
         return f"size={self.size} resize={self.resize_mode} interpolation={self.interpolation}"

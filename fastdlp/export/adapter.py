@@ -1,4 +1,4 @@
-"""One plain LoRA of one CLIP tower, as other programs know it: A, B and a scale; no gate, no branches."""
+"""One plain LoRA of one CLIP tower, as in other programs: A, B and a scale, without gates and branches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAME = re.compile(r"((\d+)\.(q|k|v|out|fc1|fc2)|proj)/([AB])")
 
 @dataclass(frozen=True)
 class LoRA:
-    """y = xWᵀ + b + scale · (xAᵀ)Bᵀ at every linear that it adapts.
+    """y = xWᵀ + b + scale · (xAᵀ)Bᵀ at every adapted linear.
 
     Attributes:
         encoder: the tower, "image" or "text".
@@ -28,8 +28,8 @@ class LoRA:
         tensors: `{part}/A` [r, K] and `{part}/B` [N, r], fp32 on the CPU. Parts are named as in
             `fastdlp.adapters.branches`: `0.q`, `0.k`, `0.v`, `0.out`, `0.fc1`, `0.fc2` of block 0 and so on, and
             `proj`, the final projection.
-        about: what is known of its origin: `model`, `pretrained`, `weights` (fingerprint of the frozen model's
-            weights), `method`, `client` (a number, or `global`). Empty for an adapter from elsewhere.
+        about: its origin: `model`, `pretrained`, `weights` (fingerprint of the frozen model's weights), `method`,
+            `client` (a number, or `global`). Empty for an external adapter.
     """
 
     encoder: str
@@ -48,14 +48,14 @@ class LoRA:
         return list(dict.fromkeys(name.partition("/")[0] for name in self.tensors))
 
     def delta(self, part: str) -> Tensor:
-        """What the adapter adds to a part's weight, [N, K] fp64."""
+        """The update of a part's weight, scale · BA, [N, K] fp64."""
         return self.scale * self.tensors[f"{part}/B"].double() @ self.tensors[f"{part}/A"].double()
 
     def check(self, origin: Path | str) -> LoRA:
-        """Refuse what is no adapter of a CLIP tower; returns the adapter.
+        """Return the adapter if it is one of a CLIP tower.
 
         Raises:
-            FastdlpError: begins with `origin`; names the tensor or value and what it should be.
+            FastdlpError: names `origin`, the tensor or value, and what is expected.
         """
         if self.encoder not in ("image", "text"):
             raise FastdlpError(f"{origin}: the encoder is {self.encoder!r}, expected image or text")
@@ -68,7 +68,7 @@ class LoRA:
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None:
-                raise FastdlpError(f"{origin}: {name!r} is no adapter of a linear of a CLIP tower")
+                raise FastdlpError(f"{origin}: {name!r} is not an adapter of a linear of a CLIP tower")
             part, kind = match[1], match[4]
             if f"{part}/{'B' if kind == 'A' else 'A'}" not in self.tensors:
                 raise FastdlpError(f"{origin}: {part} has only one of A and B")
@@ -78,14 +78,14 @@ class LoRA:
                     f"{origin}: {name} is {tuple(tensor.shape)}, expected {expected} for rank {self.rank}"
                 )
             if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise FastdlpError(f"{origin}: {name} holds something else than finite floating-point numbers")
+                raise FastdlpError(f"{origin}: {name} must hold finite floating-point numbers")
         return self
 
     def fitted(self, sites: Sequence[Site], origin: Path | str) -> dict[str, Tensor]:
-        """The tensors for a whole tower; linears without an adapter get zeros.
+        """The tensors for a whole tower, zeros for linears without an adapter.
 
         Raises:
-            FastdlpError: an adapted linear that the tower does not have, or of another shape.
+            FastdlpError: an adapted linear that the tower does not have, or that has another shape there.
         """
         tensors: dict[str, Tensor] = {}
         for site in sites:
@@ -97,7 +97,7 @@ class LoRA:
                 raise FastdlpError(f"{origin} adapts {name.partition('/')[0]}, which the model's tower does not have")
             if tensor.shape != tensors[name].shape:
                 raise FastdlpError(
-                    f"{origin}: {name} is {tuple(tensor.shape)}, this model needs {tuple(tensors[name].shape)}"
+                    f"{origin}: {name} is {tuple(tensor.shape)}, this model has {tuple(tensors[name].shape)}"
                 )
             tensors[name] = tensor
         return tensors

@@ -1,4 +1,4 @@
-"""`export_adapter` and `load_adapter`, what the command line and Python callers use."""
+"""`export_adapter` and `load_adapter`, for the command line and Python callers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
 from fastdlp.export.file_format import read_adapter, write_adapter, write_weights
 from fastdlp.export.open_clip_format import write_merged
-from fastdlp.export.peft_format import CONFIG, PICKLE, read_peft, twin, write_peft
+from fastdlp.export.peft_format import CONFIG, PICKLE, hub_model, read_peft, write_peft
 from fastdlp.export.trained import Trained, read_trained
 
 FORMATS = ("peft", "open_clip", "safetensors")
 
 
 def export_adapter(run: str | Path, out: str | Path, format: str = "peft", client: int | None = None) -> dict[str, Any]:
-    """Write what a finished run has trained in a form that other programs read.
+    """Write the trained part of a finished run in a format of other programs.
 
     Args:
         run: its folder.
-        out: where to; must be free. A folder for "peft"; a file ending in .safetensors for "safetensors"; either
+        out: must not exist. A folder for "peft"; a file ending in .safetensors for "safetensors"; either
             for "open_clip".
         format: "peft": PEFT's adapter for transformers' CLIPModel. "open_clip": the frozen model with the adapter
             added to its weights. "safetensors": one file, its layout in `fastdlp.export.file_format`.
-        client: whose personal model; None for the server's adapter.
+        client: export this client's personal model; None for the server's adapter.
 
     Returns:
         `run`, `client` (None: the server's), `format`, `out`, `method`, `encoder`, `rank` and `lora_alpha` (None for
         methods without LoRA), `load` (how to load it).
 
     Raises:
-        FastdlpError: an unknown format, a place that is taken, no such client or global adapter, an unfinished run,
-            or a method or model that the format cannot hold.
+        FastdlpError: an unknown format, an `out` that exists, no such client or global adapter, an unfinished run,
+            or a method or model that the format cannot express.
     """
     if format not in FORMATS:
         raise FastdlpError(f"unknown --format {format!r}: choose from {', '.join(FORMATS)}")
@@ -59,20 +59,19 @@ def export_adapter(run: str | Path, out: str | Path, format: str = "peft", clien
 
 
 def load_adapter(path: str | Path) -> LoRA:
-    """An adapter from elsewhere: PEFT's folder, or a file that `fastdlp export --format safetensors` wrote.
+    """Read an external adapter: PEFT's folder, or a file that `fastdlp export --format safetensors` wrote.
 
     Nothing is unpickled.
 
     Raises:
-        FastdlpError: what is there is none, is damaged, or is an adapter of another kind than a plain LoRA of one
-            of CLIP's towers.
+        FastdlpError: not an adapter, damaged, or not a plain LoRA of one of CLIP's towers.
     """
     path = Path(path)
     if not path.exists():
         raise FastdlpError(f"{path} does not exist: name PEFT's folder or a .safetensors file")
     if not path.is_dir():
         if path.suffix != ".safetensors":
-            raise FastdlpError(f"{path} does not end in .safetensors: no other file is read, least of all a pickle")
+            raise FastdlpError(f"{path} does not end in .safetensors: no other file is read")
         return read_adapter(path)
     if (path / "open_clip_config.json").is_file():
         raise FastdlpError(f"{path} is a whole model: use it as --model local-dir:{path}")
@@ -84,24 +83,20 @@ def load_adapter(path: str | Path) -> LoRA:
 
 def _peft(path: Path, trained: Trained) -> str:
     if trained.adapter is None:
+        heads = any("/" in name for name in trained.weights)
+        alternative = "--format safetensors" if heads else "--format open_clip or safetensors"
         raise FastdlpError(
-            f"{trained.config.method} trains no LoRA, which is all that PEFT's folder holds: use {_instead(trained)}"
+            f"{trained.config.method} trains no LoRA, and PEFT's folder holds nothing else: use {alternative}"
         )
     if path.suffix == ".safetensors":
-        raise FastdlpError(f"--format peft makes a folder: let --out be a name without {path.suffix}")
+        raise FastdlpError(f"--format peft writes a folder: pass an --out without {path.suffix}")
     write_peft(path, trained.adapter, model_config(trained.config.model))
-    base = twin(trained.about["model"], trained.about["pretrained"])
-    loaded = f'CLIPModel.from_pretrained("{base}")' if base else "model"
-    name = trained.about["model"]
-    hint = (
-        ""
-        if base
-        else (
-            f", where model is a transformers CLIPModel that you have made of the weights of {name}: none at "
-            "the hub is known to have them, and --format open_clip needs none"
-        )
+    if base := hub_model(trained.about["model"], trained.about["pretrained"]):
+        return f'PeftModel.from_pretrained(CLIPModel.from_pretrained("{base}"), "{path}")'
+    return (
+        f'PeftModel.from_pretrained(model, "{path}"), where model is a transformers CLIPModel with the weights of '
+        f"{trained.about['model']}: none is known on the hub; --format open_clip needs none"
     )
-    return f'PeftModel.from_pretrained({loaded}, "{path}"){hint}'
 
 
 def _open_clip(path: Path, trained: Trained) -> str:
@@ -114,14 +109,9 @@ def _open_clip(path: Path, trained: Trained) -> str:
 
 def _safetensors(path: Path, trained: Trained) -> str:
     if path.suffix != ".safetensors":
-        raise FastdlpError("--format safetensors makes a file: let --out end in .safetensors")
+        raise FastdlpError("--format safetensors writes a file: pass an --out that ends in .safetensors")
     if trained.adapter is None:
         write_weights(path, trained.weights, trained.about)
         return f'safetensors.torch.load_file("{path}")'
     write_adapter(path, trained.adapter)
     return f'fastdlp.load_adapter("{path}")'
-
-
-def _instead(trained: Trained) -> str:
-    whole = not any("/" in name for name in trained.weights)
-    return "--format open_clip or safetensors" if whole else "--format safetensors"

@@ -1,4 +1,4 @@
-"""Scoring a finished run again, with its own adapters or with one from elsewhere.
+"""Score a finished run again, with its own adapters or with an external one.
 
 scores = fastdlp.evaluate("runs/a")
 """
@@ -9,14 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastdlp.adapters.serialization import load_client, load_tensors
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.adapters.serialization import load_client
+from fastdlp.clip.load import describe
+from fastdlp.config import TrainConfig
 from fastdlp.engine.device import pick_device
 from fastdlp.errors import FastdlpError
-from fastdlp.export.score import prepare_with_adapter
-from fastdlp.run.folder import ADAPTERS, PARTITION, RunFolder
+from fastdlp.export.api import load_adapter
+from fastdlp.export.trained import finished_run, load_trained
+from fastdlp.methods.flora import FLoRA
+from fastdlp.run.folder import PARTITION, RunFolder
 from fastdlp.run.loop import Callbacks
 from fastdlp.run.metrics import accuracy_figures, per_client_figures
-from fastdlp.run.recorder import SERVER_FILE, client_file, zero_shot_accuracy
+from fastdlp.run.recorder import zero_shot_accuracy
 from fastdlp.run.setup import Federation, prepare
 
 
@@ -32,9 +37,9 @@ def evaluate(
     Args:
         run: its folder.
         callbacks: see `Callbacks`.
-        device: in place of the run's own.
-        data_dir: where the data set lies now.
-        adapter: one from elsewhere in the place of every client's own, as `fastdlp.load_adapter` reads it.
+        device: replaces the run's.
+        data_dir: replaces the run's.
+        adapter: replaces every client's own, see `fastdlp.load_adapter`.
 
     Returns:
         `accuracy` (Σcorrect/Σn), `accuracy_mean_clients`, `clients_std`, `clients_lowest`, `zero_shot`, `per_client`.
@@ -43,19 +48,16 @@ def evaluate(
         FastdlpError: not a run, an unfinished run, adapters that are missing, damaged or of other weights.
     """
     callbacks = callbacks or Callbacks()
-    folder = RunFolder(Path(run))
-    if folder.summary() is None:
-        raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
+    folder, summary = finished_run(run)
     config = folder.config()
     config = replace(config, device=device or config.device, data_dir=data_dir or config.data_dir, cuda_graph=False)
-    if config.backend != "torch" and pick_device(config.device).type == "cpu":  # of a run on a GPU
+    if config.backend != "torch" and pick_device(config.device).type == "cpu":  # a run on a GPU
         config = replace(config, backend="torch")
-    partition = folder.path / PARTITION
     if adapter is not None:
-        federation = prepare_with_adapter(config, adapter, callbacks.preparing, partition)
+        federation = _prepare_with_adapter(config, Path(adapter), callbacks, folder)
     else:
-        federation = prepare(config, callbacks.preparing, partition)
-        _load_adapters(folder, federation)
+        federation = prepare(config, callbacks.preparing, folder.path / PARTITION)
+        _load_adapters(folder, summary, federation)
     correct, total = federation.engine.score()
     accuracy, clients = accuracy_figures(correct, total)
     return (
@@ -70,20 +72,40 @@ def evaluate(
     )
 
 
-def _load_adapters(folder: RunFolder, federation: Federation) -> None:
-    """Put the saved adapters of a run's clients into the bank. Raises FastdlpError where they are not this run's."""
-    bank, model = federation.engine.bank, federation.config.model
-    if not federation.engine.stateful_clients:  # the server's file is the message, without a word about itself
-        path = folder.path / ADAPTERS / SERVER_FILE
-        if (folder.summary() or {}).get("weights") != federation.weights_fingerprint:
-            raise FastdlpError(f"{folder.path} was trained from other weights than {model} has now")
-        load_client(bank, 0, load_tensors(path)[0], path)
-        return
-    for slot, row in zip(federation.slots, federation.rows):
-        path = folder.path / ADAPTERS / client_file(slot.client)
-        tensors, metadata = load_tensors(path)
-        if metadata.get("weights") != federation.weights_fingerprint:
-            raise FastdlpError(f"{path} was trained on other weights than {model} has now")
-        if metadata.get("client") != str(slot.client):
-            raise FastdlpError(f"{path} holds the adapters of client {metadata.get('client')}")
+def _load_adapters(folder: RunFolder, summary: dict[str, Any], federation: Federation) -> None:
+    """Copy the saved adapters of a run's clients into the bank. Raises FastdlpError where they are not this run's."""
+    bank, shared = federation.engine.bank, not federation.engine.stateful_clients
+    for client, row in [(None, 0)] if shared else zip((slot.client for slot in federation.slots), federation.rows):
+        path, tensors, metadata = load_trained(folder, client)
+        weights = summary.get("weights") if shared else metadata.get("weights")  # the server's file has no metadata
+        if weights != federation.weights_fingerprint:
+            raise FastdlpError(f"{path} was trained on other weights than {federation.config.model} has now")
         load_client(bank, row, tensors, path)
+
+
+def _prepare_with_adapter(config: TrainConfig, path: Path, callbacks: Callbacks, folder: RunFolder) -> Federation:
+    """The federation of a run, every client with the adapter at `path` as its one LoRA.
+
+    Model, data and partition are the run's; encoder, rank and scale the adapter's, whatever the run's method.
+
+    Raises:
+        FastdlpError: as `load_adapter` and `prepare`; an adapter of another shape or for other weights.
+    """
+    adapter = load_adapter(path)
+    image, text = describe(config.model)
+    tensors = adapter.fitted(tower_sites(image if adapter.encoder == "image" else text), path)
+    one_lora = replace(
+        config,
+        method=FLoRA.name,
+        encoder=adapter.encoder,  # type: ignore[arg-type]
+        rank_global=adapter.rank,
+        lora_alpha=adapter.lora_alpha,
+    )
+    federation = prepare(one_lora, callbacks.preparing, folder.path / PARTITION)
+    if adapter.about.get("weights", federation.weights_fingerprint) != federation.weights_fingerprint:
+        raise FastdlpError(f"{path} was trained on other weights than {config.model} has now")
+    bank = federation.engine.bank
+    (branch,) = bank.branches
+    for slot in range(bank.slots):
+        bank.load_named(branch, slot, tensors)
+    return federation

@@ -13,11 +13,11 @@ W [N, K]. The adapted linear is y = xWᵀ + b + scale · (xAᵀ)Bᵀ.
     gate        "folded": B has been multiplied by the SoRA gate, and where a method adds several branches in one
                 forward they are stacked along the rank; A, B and scale are all there is to compute
     encoder     the adapted tower: "image" or "text"
-    model       open_clip's name of the model, or glyph-clip. Tags trained with QuickGELU, OpenAI's among them, get
-                it in fastdlp whatever the name; open_clip wants the name with -quickgelu, or force_quick_gelu=True
-    pretrained  tag, file or `none`, as --pretrained takes it; "" for a model that has its own weights
+    model       open_clip's name of the model, or glyph-clip. Tags trained with QuickGELU, OpenAI's among them, use
+                it in fastdlp under any name; open_clip needs the name with -quickgelu, or force_quick_gelu=True
+    pretrained  tag, file or `none`, as in --pretrained; "" for a model that has its own weights
     weights     sha256 fingerprint of the frozen model's weights, as fastdlp computes it
-    method      that trained it
+    method      of the run
     client      the client's number, or "global"
 
 It needs neither fastdlp nor PEFT. To add it to open_clip's model:
@@ -57,14 +57,14 @@ LORA, WEIGHTS, VERSION = "fastdlp-lora", "fastdlp-weights", "1"
 
 
 def write_adapter(path: Path, adapter: LoRA) -> None:
-    """Write an adapter. Raises FastdlpError where the disk refuses."""
+    """Write an adapter. Raises FastdlpError where the operating system refuses."""
     own = {"format": LORA, "version": VERSION, "gate": "folded"}
     own |= {"rank": str(adapter.rank), "scale": repr(adapter.scale), "encoder": adapter.encoder}
     save_tensors(path, adapter.tensors, dict(adapter.about) | own)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write what a method without LoRA has trained. Raises FastdlpError where the disk refuses."""
+    """Write the weights of a method without LoRA. Raises FastdlpError where the operating system refuses."""
     save_tensors(path, tensors, dict(about) | {"format": WEIGHTS, "version": VERSION})
 
 
@@ -72,18 +72,18 @@ def read_adapter(path: Path) -> LoRA:
     """An adapter that `write_adapter` wrote.
 
     Raises:
-        FastdlpError: missing, damaged, no safetensors file, or a safetensors file of something else.
+        FastdlpError: missing, damaged, or not a file of `write_adapter`.
     """
     tensors, about = load_tensors(path)
     if about.get("format") == WEIGHTS:
         raise FastdlpError(f"{path} holds what {about.get('method')} trains, which is no LoRA and is not read back")
     if about.get("format") != LORA:
-        raise FastdlpError(f"{path} is no adapter that fastdlp export wrote with --format safetensors")
+        raise FastdlpError(f"{path} is not an adapter of fastdlp export --format safetensors")
     if about.get("version") != VERSION:
         raise FastdlpError(f"{path} is of version {about.get('version')}, this fastdlp reads version {VERSION}")
     try:
         rank, scale = int(about["rank"]), float(about["scale"])
     except (KeyError, ValueError, TypeError):
-        raise FastdlpError(f"{path}: rank and scale in its metadata are no numbers") from None
+        raise FastdlpError(f"{path}: rank and scale in its metadata are not numbers") from None
     origin = {name: text for name, text in about.items() if name not in ("format", "version", "gate", "rank", "scale")}
     return LoRA(about.get("encoder", ""), rank, scale, tensors, origin).check(path)

@@ -1,9 +1,9 @@
-"""open_clip's own model with what a run has trained in its weights: a folder, or one checkpoint file.
+"""open_clip's own model with the trained part of a run in its weights: a folder, or one checkpoint file.
 
     open_clip.create_model("local-dir:PATH")                             # a folder
     open_clip.create_model("ViT-B-32-quickgelu", pretrained="FILE")      # FILE ends in .safetensors
 
-fastdlp takes the same: `--model local-dir:PATH`, or `--model NAME --pretrained FILE`.
+fastdlp reads both: `--model local-dir:PATH`, or `--model NAME --pretrained FILE`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from fastdlp.adapters.serialization import save_tensors
 from fastdlp.clip.load import as_clip, known_models, load_net, model_config
 from fastdlp.clip.tokenizer import ByteTokenizer
+from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
-from fastdlp.export.folder import atomic_folder
 from fastdlp.export.trained import Trained
-from fastdlp.files import write_atomic
+from fastdlp.files import atomic_folder, write_atomic
 
 LINEARS = {"out": "attn.out_proj.weight", "fc1": "mlp.c_fc.weight", "fc2": "mlp.c_proj.weight"}
-# What open_clip assumes of a checkpoint file: OpenAI's.
+# The preprocessing that open_clip assumes for a checkpoint file.
 FILE_PREPROCESSING: dict[str, Any] = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
+    "mean": OPENAI_MEAN,
+    "std": OPENAI_STD,
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
 
 
 def write_merged(path: Path, trained: Trained) -> str:
-    """Write the model of a run with the trained part in its weights; a LoRA then costs nothing any more.
+    """Write the model of a run with the trained part in its weights, so that a LoRA has no cost at inference.
 
     Args:
         path: a folder, or a checkpoint file if it ends in .safetensors.
@@ -45,8 +45,8 @@ def write_merged(path: Path, trained: Trained) -> str:
         How to load it: open_clip's name for the folder, or for the model that takes the file.
 
     Raises:
-        FastdlpError: the model is not to be had, or has other weights than the run's; weights that it does not
-            have; a file for a model that open_clip cannot make from a name and a file; the disk refuses.
+        FastdlpError: the model is unavailable or has other weights than the run's; weights that it does not have; a
+            file for a model that open_clip cannot create from a name and a file; the operating system refuses.
     """
     config = trained.config
     if foreign := [name for name in trained.weights if "/" in name]:
@@ -106,7 +106,7 @@ def add(state: Mapping[str, Tensor], adapter: LoRA) -> None:
 
 
 def replace(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Put weights in the place of those of the same names, in place.
+    """Replace weights by those of the same names, in place.
 
     Raises:
         FastdlpError: a name or shape that the model does not have.
@@ -120,26 +120,21 @@ def replace(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 
 
 def name_for_a_file(model: str, architecture: Mapping[str, Any], preprocess: Mapping[str, Any]) -> str:
-    """The model that open_clip (fastdlp, for the embedded one) makes of a name and a file as it was.
+    """The name with which open_clip (fastdlp, for the embedded model) restores the model from a checkpoint file.
 
     Raises:
-        FastdlpError: there is none, because a file carries neither architecture nor preprocessing.
+        FastdlpError: there is none, because a file holds neither architecture nor preprocessing.
     """
+    images = {name: tuple(v) if isinstance(v := preprocess.get(name), list) else v for name in FILE_PREPROCESSING}
     why = None
     if ":" in model:
-        why = "brings its own architecture"
-    elif any(_plain(preprocess.get(name)) != value for name, value in FILE_PREPROCESSING.items()):
-        why = "takes images prepared otherwise than open_clip prepares them for a checkpoint file"
+        why = "has its own architecture"
+    elif images != FILE_PREPROCESSING:
+        why = "has another preprocessing than open_clip uses with a checkpoint file"
     elif architecture.get("quick_gelu") and not model_config(model).get("quick_gelu"):
         if f"{model}-quickgelu" in known_models():
             return f"{model}-quickgelu"
         why = "has QuickGELU by its tag alone"
     if why:
-        raise FastdlpError(
-            f"{model} {why}, which a file does not carry: let --out name a folder (without .safetensors)"
-        )
+        raise FastdlpError(f"{model} {why}, which a file does not hold: pass a folder as --out (without .safetensors)")
     return model
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value

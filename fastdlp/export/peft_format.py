@@ -1,4 +1,4 @@
-"""PEFT's folder: adapter_config.json and adapter_model.safetensors, for transformers' CLIPModel. Needs neither.
+"""PEFT's folder: adapter_config.json and adapter_model.safetensors, for transformers' CLIPModel. Imports neither.
 
     from peft import PeftModel
     from transformers import CLIPModel
@@ -23,8 +23,7 @@ from torch import Tensor
 from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
-from fastdlp.export.folder import atomic_folder
-from fastdlp.files import read_json, write_atomic
+from fastdlp.files import atomic_folder, read_json, write_atomic
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -38,22 +37,22 @@ LINEARS = {
 }
 TOWERS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 # OpenAI's weights under their names at open_clip (without -quickgelu) and at Hugging Face.
-TWINS = {
+HUB_MODELS = {
     "ViT-B-32": "openai/clip-vit-base-patch32",
     "ViT-B-16": "openai/clip-vit-base-patch16",
     "ViT-L-14": "openai/clip-vit-large-patch14",
     "ViT-L-14-336": "openai/clip-vit-large-patch14-336",
 }
 
-# Fields of LoraConfig that do not change what a saved plain LoRA computes. Any other field must be empty.
+# Fields of LoraConfig that do not change the output of a saved plain LoRA. Any other field must be empty.
 _HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
-# Those that start from other base weights than the model's own (pissa, olora, corda, loftq, ...) are not here.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Without those that change the base weights (pissa, olora, corda, loftq, ...).
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?:(vision|text)_model\.encoder\.layers\.(\d+)\.([a-z_]+\.[a-z0-9_]+)|(visual|text)_projection)"
@@ -62,15 +61,15 @@ _TENSOR = re.compile(
 
 
 def write_peft(path: Path, adapter: LoRA, model_config: Mapping[str, Any]) -> None:
-    """Write the folder `path`, which must be free.
+    """Write a folder.
 
     Args:
-        path: the folder.
-        adapter: made by a run, so that its `about` names the model.
+        path: must not exist.
+        adapter: of a run, so that its `about` names the model.
         model_config: open_clip's configuration of the model.
 
     Raises:
-        FastdlpError: a tower that transformers' CLIPModel cannot be, or the operating system refuses.
+        FastdlpError: a tower that transformers' CLIPModel cannot express, or the operating system refuses.
     """
     if why := _not_in_transformers(model_config, adapter.encoder):
         raise FastdlpError(
@@ -87,8 +86,7 @@ def read_peft(path: Path) -> LoRA:
     """A folder that PEFT or `write_peft` wrote.
 
     Raises:
-        FastdlpError: missing or damaged files, a pickle, another kind of adapter than a plain LoRA, or one that
-            adapts something else than linears of one tower of a CLIPModel.
+        FastdlpError: missing or damaged files, a pickle, or not a plain LoRA of linears of one tower of a CLIPModel.
     """
     config = read_json(path / CONFIG, "adapter's configuration")
     if not isinstance(config, dict):
@@ -104,15 +102,15 @@ def read_peft(path: Path) -> LoRA:
         encoders.add(encoder)
         named[own] = tensor.float() if tensor.is_floating_point() else tensor
     if len(encoders) > 1:
-        raise FastdlpError(f"{path / WEIGHTS} adapts both towers: fastdlp takes an adapter of one")
+        raise FastdlpError(f"{path / WEIGHTS} adapts both towers: fastdlp reads an adapter of one")
     if not encoders:
         raise FastdlpError(f"{path / WEIGHTS} holds no adapter")
     return LoRA(encoders.pop(), rank, scale, named, about).check(path / WEIGHTS)
 
 
-def twin(model: str, pretrained: str) -> str | None:
-    """The Hugging Face repository with the same weights, where one is known."""
-    return TWINS.get(model.removesuffix("-quickgelu")) if pretrained == "openai" else None
+def hub_model(model: str, pretrained: str) -> str | None:
+    """The Hugging Face repository with the same weights, if one is known."""
+    return HUB_MODELS.get(model.removesuffix("-quickgelu")) if pretrained == "openai" else None
 
 
 def _config(adapter: LoRA) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def _config(adapter: LoRA) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": None,  # a plain PeftModel, which passes on whatever a CLIPModel takes
         "auto_mapping": None,
-        "base_model_name_or_path": twin(adapter.about["model"], adapter.about["pretrained"]),
+        "base_model_name_or_path": hub_model(adapter.about["model"], adapter.about["pretrained"]),
         "revision": None,
         "inference_mode": True,
         "r": adapter.rank,
@@ -164,12 +162,12 @@ def _own_name(name: str, path: Path) -> tuple[str, str]:
 
 
 def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float]:
-    """Rank and scale of a configuration. Raises FastdlpError where it is not of a plain LoRA."""
+    """Rank and scale of a configuration. Raises FastdlpError unless it describes a plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise FastdlpError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA is read")
     if config.get("bias", "none") != "none":
         raise FastdlpError(f"{path}: bias is {config['bias']!r}, only adapters without trained biases are read")
-    if config.get("init_lora_weights", True) not in _INITIALISATIONS:
+    if config.get("init_lora_weights", True) not in _INITIALIZATIONS:
         raise FastdlpError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the frozen weights; convert "
             "the adapter to a plain LoRA with PEFT first"
@@ -184,13 +182,13 @@ def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float]:
 
 
 def _not_in_transformers(model_config: Mapping[str, Any], encoder: str) -> str | None:
-    """What a tower of open_clip has that CLIPModel cannot express; None where it can be one."""
+    """The property of a tower of open_clip that CLIPModel cannot express, if any."""
     tower = model_config["vision_cfg" if encoder == "image" else "text_cfg"]
     if tower.get("ls_init_value") is not None:
         return "LayerScale"
     if encoder == "image":
         if tower.get("no_ln_pre"):
-            return "no norm in front of its blocks"
+            return "no norm before its blocks"
         return None if tower.get("pool_type", "tok") == "tok" else "pooling over all patches"
     if tower.get("no_causal_mask"):
         return "no causal mask"

@@ -1,10 +1,10 @@
-"""What a finished run has trained, for one client or on the server, read from its folder."""
+"""Trained adapters or weights of one client or of the server, read from the folder of a finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from fastdlp.run.recorder import SERVER_FILE, client_file
 
 @dataclass(frozen=True)
 class Trained:
-    """One client's personal model, or the server's: exactly one of `adapter` and `weights` is there.
+    """One client's personal model, or the server's: either `adapter` or `weights`.
 
     Attributes:
         config: the run's.
-        about: as `LoRA.about`, all five, and `encoder`.
-        adapter: of the methods that train LoRA.
-        weights: of the others, by name: a parameter of open_clip's model (`visual.conv1.weight`), or one of a module
-            that open_clip's model does not have (`classifier/weight`).
+        about: as `LoRA.about`, complete, and `encoder`.
+        adapter: of methods that train LoRA.
+        weights: of the other methods, by name: a parameter of open_clip's model (`visual.conv1.weight`), or of a
+            module that open_clip's model does not have (`classifier/weight`).
     """
 
     config: TrainConfig
@@ -37,8 +37,30 @@ class Trained:
     weights: dict[str, Tensor]
 
 
+def finished_run(run: str | Path) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder and the summary of a run. Raises FastdlpError unless it is finished."""
+    folder = RunFolder(Path(run))
+    summary = folder.summary()
+    if summary is None:
+        raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
+    return folder, summary
+
+
+def load_trained(folder: RunFolder, client: int | None) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The file of a client (None: of the server), its tensors and its metadata.
+
+    Raises:
+        FastdlpError: it is missing, damaged or another client's.
+    """
+    path = folder.path / ADAPTERS / (SERVER_FILE if client is None else client_file(client))
+    tensors, metadata = load_tensors(path)
+    if client is not None and metadata.get("client") != str(client):
+        raise FastdlpError(f"{path} holds the adapters of client {metadata.get('client')}")
+    return path, tensors, metadata
+
+
 def read_trained(run: str | Path, client: int | None) -> Trained:
-    """What the clients of a run are scored with, or what its server holds.
+    """The model that a client of a run is scored with, or the server's.
 
     Args:
         run: folder of a finished run.
@@ -48,10 +70,7 @@ def read_trained(run: str | Path, client: int | None) -> Trained:
         FastdlpError: not a run, an unfinished one, no such client, a method that exchanges nothing, or files that
             are missing or damaged.
     """
-    folder = RunFolder(Path(run))
-    summary = folder.summary()
-    if summary is None:
-        raise FastdlpError(f"{run} has not ended: finish it with fastdlp train --resume {run}")
+    folder, summary = finished_run(run)
     config = folder.config()
     method = make_method(config)
     if client is None and not method.shared:
@@ -59,43 +78,34 @@ def read_trained(run: str | Path, client: int | None) -> Trained:
     if client is not None and not 0 <= client < config.clients:
         raise FastdlpError(f"{run} has no client {client}: its clients are 0 to {config.clients - 1}")
     shared = client is None or method.sequential  # clients of a sequential method hold the server's weights
-    path = folder.path / ADAPTERS / (SERVER_FILE if shared else client_file(client or 0))
-    tensors, metadata = load_tensors(path)
-    if not shared and metadata.get("client") != str(client):
-        raise FastdlpError(f"{path} holds the adapters of client {metadata.get('client')}")
+    path, tensors, _ = load_trained(folder, None if shared else client)
     branches = {branch.name: branch for branch in method.branches()}
     scored = [branch for branch in method.shared if branch in branches] if shared else list(method.scored)
     about = {
         "model": config.model,
-        "pretrained": config.pretrained or ("" if _own_weights(config.model) else "openai"),
+        "pretrained": config.pretrained or ("" if config.model == EMBEDDED_MODEL or ":" in config.model else "openai"),
         "weights": str(summary.get("weights", "")),
         "encoder": config.encoder,
         "method": config.method,
         "client": "global" if shared else str(client),
     }
-    named = {branch: _of(branch, tensors) for branch in scored}
-    lora = [(branch, named[branch.name]) for branch in map(branches.__getitem__, scored) if isinstance(branch, Branch)]
+    named: dict[str, dict[str, Tensor]] = {branch: {} for branch in scored}
+    for full_name, tensor in tensors.items():
+        branch, _, name = full_name.partition("/")
+        if branch in named:
+            named[branch][name] = tensor
+    lora = [(branches[name], own) for name, own in named.items() if isinstance(branches[name], Branch)]
     if lora:
-        rank, scale, stacked = _stacked(lora)
+        rank, scale, stacked = _stacked(lora)  # type: ignore[arg-type]
         return Trained(config, about, LoRA(config.encoder, rank, scale, stacked, about).check(path), {})
     return Trained(config, about, None, {name: tensor for own in named.values() for name, tensor in own.items()})
-
-
-def _own_weights(model: str) -> bool:
-    return model == EMBEDDED_MODEL or ":" in model
-
-
-def _of(branch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One branch's tensors by their names without it."""
-    prefix = f"{branch}/"
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _stacked(branches: list[tuple[Branch, dict[str, Tensor]]]) -> tuple[int, float, dict[str, Tensor]]:
     """Branches that one forward sums, as one adapter: rank, scale, tensors. Σ sᵢ Bᵢ diag(gᵢ) Aᵢ = s B A.
 
-    A is stacked along the rank as it is. B takes the gates and each branch's scale over the first one's; where all
-    scales are equal, and where ranks differ by powers of two, that is exact.
+    A is stacked along the rank unchanged. B is multiplied by the gates and by each branch's scale over the first one's,
+    which is exact where scales are equal or ranks differ by powers of two.
     """
     scale = branches[0][0].scale
     stacked: dict[str, Tensor] = {}

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 
 DISTILLATION = ("kd_direction", "kd_temperature", "kd_logits")
-# Options that only some methods use.
-METHOD_OPTIONS = frozenset(
-    {"alpha", "teacher", "micro_batch", "rank_local", "rank_global", "lora_alpha", "init", "xi", "gate_lr", "threshold"}
-    | set(DISTILLATION)
-)
 
 
 class Step(Protocol):
@@ -57,7 +52,7 @@ class Method(ABC):
         encoders: supported values of `--encoder`.
         sequential: clients train one after another in one copy of the weights, each from the server's weights with a
             new optimizer; for branches too large to be held once per client. All branches must be shared.
-        own_options: the METHOD_OPTIONS it uses beside those of its branches.
+        own_options: options marked `of_methods` that it uses beside those of its branches.
         defaults, demonstration: default options of the method; `demonstration` with the embedded model.
     """
 
@@ -80,7 +75,7 @@ class Method(ABC):
             raise FastdlpError(f"--method {self.name} has a classifier and does not support --task-loss contrastive")
 
     def reads(self) -> set[str]:
-        """The METHOD_OPTIONS that this method uses."""
+        """The options marked `of_methods` (`fastdlp.config.Option`) that this method uses."""
         found = set(self.own_options) | (set() if self.sequential else {"micro_batch"})
         for branch in self.branches():
             if isinstance(branch, Branch):

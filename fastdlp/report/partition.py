@@ -45,7 +45,7 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
         pad_edge=False,
     )
     table.title_style, table.title_justify = "bold", "left"
-    table.caption, table.caption_justify = "a class counts training and test samples together", "left"
+    table.caption, table.caption_justify = "a class counts all samples together", "left"
     cells = counts(partition, labels, len(class_names))
     every = cells.sum(axis=0)
     wide = len(class_names) <= _WIDE
@@ -56,7 +56,10 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
     else:
         table.add_column("classes", str(np.count_nonzero(every.sum(axis=1))), justify="right")
         table.add_column("largest classes", "", overflow="fold", ratio=1)
-    table.add_column("train", str(every[:, 0].sum()), justify="right", min_width=5)
+    held_out = [len(samples) for samples in partition.val] or [0] * partition.clients
+    table.add_column("train", str(every[:, 0].sum() - sum(held_out)), justify="right", min_width=5)
+    if partition.val:
+        table.add_column("val", str(sum(held_out)), justify="right")
     table.add_column("test", str(every[:, 1].sum()), justify="right")
 
     for client, row in enumerate(cells):
@@ -72,7 +75,8 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
         table.add_row(
             str(client),
             *middle,
-            str(row[:, 0].sum()),
+            str(row[:, 0].sum() - held_out[client]),
+            *([str(held_out[client])] if partition.val else []),
             str(row[:, 1].sum()),
             style="dim" if client in partition.empty else None,
         )
@@ -207,7 +211,7 @@ def _title(partition: Partition, samples: int) -> str:
         "dirichlet": f"Dirichlet β = {partition.beta:g}" if partition.beta is not None else "Dirichlet",
         "pathological": f"{partition.classes_per_client} classes per client",
     }.get(partition.scheme, partition.scheme)
-    used = sum(map(len, partition.train)) + sum(map(len, partition.test))
+    used = sum(map(len, partition.train + partition.test + partition.val))
     amount = f"{used:,} samples" if used == samples else f"{used:,} of {samples:,} samples"
     parts = [partition.dataset, amount, f"{partition.clients} clients", how, f"seed {partition.seed}"]
     return " · ".join(part for part in parts if part)

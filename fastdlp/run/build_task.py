@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fastdlp.adapters.branches import AnyBranch, Site, Tensors, tower_sites
 from fastdlp.adapters.heads import HEADS, head_shapes, init_head
 from fastdlp.adapters.layout import Shapes
 from fastdlp.clip.load import Clip, class_prompts
-from fastdlp.clip.stem import ImageStem, TextStem
+from fastdlp.clip.stem import ImageStem, TextStem, map_tensors
 from fastdlp.clip.tower import Tower
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels
@@ -37,7 +37,6 @@ from fastdlp.engine.tasks import (
     frozen_text_features,
 )
 from fastdlp.errors import FastdlpError
-from fastdlp.kernels.frozen import Norm
 from fastdlp.methods.base import Method
 from fastdlp.selection import read_backend
 
@@ -241,10 +240,4 @@ def _prompts(clip: Clip, stem: TextStem, captions: list[str], device: torch.devi
 
 def moved_stem(stem: Stem, device: torch.device) -> Stem:
     """The same stem on another device."""
-    moved: dict[str, Any] = {}
-    for name, value in vars(stem).items():
-        if isinstance(value, Tensor):
-            moved[name] = value.to(device)
-        elif isinstance(value, Norm):
-            moved[name] = Norm(value.weight.to(device), value.bias.to(device), value.eps)
-    return replace(stem, **moved)
+    return map_tensors(stem, lambda tensor: tensor.to(device))

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdlp.config import TrainConfig
-from fastdlp.data.partition import Partition, save_partition
+from fastdlp.data.partition import Partition
+from fastdlp.data.partition_file import save_partition
 from fastdlp.errors import FastdlpError
-from fastdlp.files import read_json, write_atomic
+from fastdlp.files import check_free, read_json, write_atomic
 
 CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = (
     "config.json",
@@ -46,24 +47,8 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a place that must not be written. Cheap, so that it comes before the long preparation.
-
-        Raises:
-            FastdlpError: the folder holds a run and `overwrite` is off, or holds something else.
-        """
-        try:
-            here = Path.cwd()
-            if Path(os.path.realpath(path)) in (here, *here.parents):
-                raise FastdlpError(f"{path} is or holds the working directory: name another --out")
-            if path.is_dir() and not any(path.iterdir()):
-                return
-        except OSError as error:
-            raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
-        if (path / CONFIG).is_file():
-            if not overwrite:
-                raise FastdlpError(f"{path} holds a run: go on with --resume {path}, or replace it with --overwrite")
-        elif path.exists():
-            raise FastdlpError(f"{path} exists and is not a run folder: name another --out")
+        """Refuse a folder that no run may be written to, see `fastdlp.files.check_free`."""
+        check_free(path, CONFIG, "run", overwrite)
 
     @staticmethod
     def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:

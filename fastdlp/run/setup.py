@@ -12,9 +12,9 @@ from pathlib import Path
 from fastdlp.clip.load import load_clip
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels, load_pixels
-from fastdlp.data.partition import SCHEMES, Partition, load_partition, make_partition
+from fastdlp.data.partition import Partition
+from fastdlp.data.partition_file import load_partition, partition_of
 from fastdlp.data.registry import check_name, load_source
-from fastdlp.data.select import hold_out, keep_shots
 from fastdlp.data.transform import Transform
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup
 from fastdlp.engine.engine import Engine
@@ -136,28 +136,7 @@ def read_partition(config: TrainConfig, pixels: Pixels, record: Path | None = No
     """The partition of a config, drawn by scheme and seed or read from the file it names; or a run's recorded one."""
     if record is not None:
         return load_partition(record, pixels.ids, pixels.name)
-    if config.partition in SCHEMES:
-        partition = make_partition(
-            pixels.labels,
-            clients=config.clients,
-            scheme=config.partition,
-            beta=config.beta,
-            classes_per_client=config.classes_per_client,
-            seed=config.partition_seed,
-            test_fraction=config.test_fraction,
-            on_empty=config.empty_clients,
-            dataset=pixels.name,
-            fingerprint=pixels.fingerprint,
-        )
-    elif Path(config.partition).is_file():
-        partition = load_partition(config.partition, pixels.ids, pixels.name)
-    else:
-        raise FastdlpError(f"--partition {config.partition!r} is neither {', '.join(SCHEMES)} nor a partition file")
-    if config.shots is not None:
-        partition = keep_shots(partition, pixels.labels, config.shots)
-    if config.val_fraction:  # of the few as well: validation samples are labelled samples
-        partition = hold_out(partition, config.val_fraction)
-    return partition
+    return partition_of(config, pixels.labels, pixels.ids, pixels.name, pixels.fingerprint)
 
 
 def _check_partition(partition: Partition, config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
-from fastdlp.files import read_json, write_atomic
+from fastdlp.files import check_free, read_json, write_atomic
 from fastdlp.run.checkpoint import FILE as CHECKPOINT
 from fastdlp.run.folder import CONFIG, SUMMARY, RunFolder
 
@@ -63,20 +63,8 @@ class SweepFolder:
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a place that must not be written: another sweep unless it may be replaced, or anything else."""
-        try:
-            here, real = Path.cwd(), path.resolve()
-            if real in (here, *here.parents):
-                raise FastdlpError(f"{path} is or holds the working directory: name another --out")
-            if (path / FILE).is_file():
-                if not overwrite:
-                    raise FastdlpError(
-                        f"{path} holds a sweep: go on with --resume {path}, or replace it with --overwrite"
-                    )
-            elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise FastdlpError(f"{path} exists and is not a sweep: name another --out")
-        except OSError as error:
-            raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
+        """Refuse a folder that no sweep may be written to, see `fastdlp.files.check_free`."""
+        check_free(path, FILE, "sweep", overwrite)
 
     @staticmethod
     def create(path: Path, members: Sequence[str], overwrite: bool) -> SweepFolder:
