@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import fastdlp
 from fastdlp.run.folder import RunFolder
 from fastdlp.run.setup import prepare_together
-from fastdlp.run.sweep import FIGURES, Grid, resume_sweep, summarise_sweep, sweep
+from fastdlp.run.sweep import METRICS, Grid, resume_sweep, summarise_sweep, sweep
 from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
@@ -201,7 +201,7 @@ def test_validation_picks_and_not_test() -> None:
         for seed, more in ((0, 0.0), (1, 0.05)):
             name = f"lr{lr}-seed{seed}"
             members[name] = SimpleNamespace(config=fastdlp.TrainConfig(lr=lr, seed=seed))
-            summaries[name] = dict.fromkeys(FIGURES, test + more) | {"accuracy_val_chosen": val + more}
+            summaries[name] = dict.fromkeys(METRICS, test + more) | {"accuracy_val_chosen": val + more}
     picked = summarise_sweep(members, summaries, {})["picked_on_validation"]  # type: ignore[arg-type]
     assert (picked["lr"], picked["seeds"]) == (2e-3, [0, 1])
     assert picked["accuracy_val_chosen"] == pytest.approx(0.725)

@@ -71,7 +71,7 @@ SECOND = "lr0.002-alpha0.1-seed0"
         (("--method", "fedvmlc"), "--method fedvmlc trains all weights of one copy: it cannot sweep"),
         (("--method", "fedlc", "--encoder", "text"), "--method fedlc goes with --encoder image only"),
         (("--method", "sgd"), "unknown --method 'sgd': choose from feddlp"),
-        (("--trace",), "--trace does not go with a sweep"),
+        (("--trace",), "--trace is not supported in a sweep"),
         (("--pretrained", "none", "--seed", 0, "--seed", 1), "--pretrained none draws the weights from --seed"),
         (("--report", "validation"), "--report validation needs validation samples"),
         (("--clients", 4), "leave out --clients"),

@@ -15,7 +15,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.export.score import prepare_with_adapter
 from fastdlp.run.folder import ADAPTERS, PARTITION, RunFolder
 from fastdlp.run.loop import Callbacks
-from fastdlp.run.metrics import accuracy_figures, per_client_figures
+from fastdlp.run.metrics import accuracy_metrics, per_client_metrics
 from fastdlp.run.recorder import SERVER_FILE, client_file, zero_shot_accuracy
 from fastdlp.run.setup import Federation, prepare
 
@@ -57,7 +57,7 @@ def evaluate(
         federation = prepare(config, callbacks.preparing, partition)
         _load_adapters(folder, federation)
     correct, total = federation.engine.score()
-    accuracy, clients = accuracy_figures(correct, total)
+    accuracy, clients = accuracy_metrics(correct, total)
     return (
         {
             "run": str(run),
@@ -66,7 +66,7 @@ def evaluate(
             "zero_shot": zero_shot_accuracy(federation),
         }
         | clients
-        | {"per_client": per_client_figures(federation, correct, total)}
+        | {"per_client": per_client_metrics(federation, correct, total)}
     )
 
 

@@ -1,8 +1,8 @@
-"""The run folder: what was asked, what was dealt, what came out.
+"""The run folder: the files of a run, and how they are read and written.
 
 config.json        the resolved config
 partition.json     client → sample ids
-metrics.jsonl      a line per round: every client's figures and every loss
+metrics.jsonl      a line per round: the metrics and losses of every client
 checkpoint.safetensors
 adapters/          client-00.safetensors …, server.safetensors, at the end
 summary.json       at the end
@@ -14,29 +14,28 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition, save_partition
 from fastdlp.errors import FastdlpError
 from fastdlp.files import read_json, write_atomic
 
-CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = (
-    "config.json",
-    "partition.json",
-    "metrics.jsonl",
-    "summary.json",
-    "adapters",
-)
+CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
+CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
+# What parsing a damaged record raises.
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+T = TypeVar("T")
 
 
 class RunFolder:
-    """One run's folder, which exists and holds a config."""
+    """The folder of one run, which exists and holds a config."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +66,7 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:
-        """Make the folder with config and partition; it appears under its name only when both are in it.
+        """Create the folder with config and partition; it gets its name only when both are in it.
 
         Raises:
             FastdlpError: as `check_free`, or the disk refuses.
@@ -76,20 +75,20 @@ class RunFolder:
         named, path = path, Path(os.path.realpath(path))  # a link stays a link
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            fresh.mkdir()
         except OSError as error:
             raise FastdlpError(
                 f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
             ) from None
         old = fresh.with_name(fresh.name + ".old")
         try:
-            fresh.chmod(0o777 & ~_umask())
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
             # A run that is still being written keeps its folder.
             with RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext():
                 if path.exists():
-                    os.replace(path, old)  # a folder does not take the place of a full one
+                    os.replace(path, old)  # os.replace cannot overwrite a folder that is not empty
                 try:
                     os.replace(fresh, path)
                 except OSError:
@@ -127,7 +126,7 @@ class RunFolder:
             raise FastdlpError(f"cannot read {self.path / CONFIG}: {error.strerror or error}") from None
 
     def change_config(self, config: TrainConfig) -> None:
-        """Replace the config of a run that is made longer; its summary no longer holds."""
+        """Replace the config of a run that gets more rounds, and remove its summary, which is outdated."""
         write_atomic(self.path / CONFIG, config.to_json())
         (self.path / SUMMARY).unlink(missing_ok=True)
 
@@ -156,52 +155,82 @@ class RunFolder:
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
 
-    def rounds(self, upto: int) -> list[dict[str, Any]]:
-        """The lines of rounds 1..upto; whatever a stopped run wrote behind them is cut off the file.
+    def metrics(self, parse: Callable[[dict[str, Any]], T], rounds: int | None, hint: str) -> list[T]:
+        """Read metrics.jsonl without changing it.
+
+        Args:
+            parse: applied to every line, whose round number is checked; raises one of `DAMAGED` for an invalid line.
+            rounds: of a finished run; None for an unfinished one, whose last line may be incomplete.
+            hint: what to do about a damaged file, for the message.
+
+        Raises:
+            FastdlpError: the file cannot be read, a line is damaged, or the number of lines is not `rounds`.
+        """
+        path = self.path / METRICS
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        except OSError as error:
+            raise FastdlpError(f"cannot read {path}: {error.strerror or error}") from None
+        if rounds is None and lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        parsed = []
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = json.loads(raw)
+                if line["round"] != number:
+                    raise ValueError(f"it is of round {line['round']!r}")
+                parsed.append(parse(line))
+            except DAMAGED as error:
+                raise FastdlpError(f"{path} is damaged in line {number}: {describe(error)}; {hint}") from None
+        if rounds is not None and len(parsed) != rounds:
+            raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {hint}")
+        return parsed
+
+    def resume_metrics(self, finished: int) -> list[dict[str, Any]]:
+        """The lines of rounds 1 to `finished`; later ones, which a stopped run left, are removed from the file.
 
         Raises:
             FastdlpError: a line is missing.
         """
-
-        def complete(lines: list[dict[str, Any]]) -> None:
-            if [line["round"] for line in lines] != list(range(1, upto + 1)):
-                raise FastdlpError(
-                    f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite"
-                )
-
-        return cut_lines(self.path / METRICS, upto, complete)
+        path = self.path / METRICS
+        lines, size = _read_lines(path, finished)
+        if [line["round"] for line in lines] != list(range(1, finished + 1)):
+            raise FastdlpError(f"{path} does not hold the rounds 1 to {finished}: start again with --overwrite")
+        _truncate(path, size)
+        return lines
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def cut_lines(
-    path: Path, upto: int, check: Callable[[list[dict[str, Any]]], None] = lambda lines: None
-) -> list[dict[str, Any]]:
-    """Read a .jsonl file up to its first line that is torn or of a later round, and cut the file there.
+def truncate_lines(path: Path, finished: int) -> None:
+    """Remove from a .jsonl file, which may be missing, everything from the first line that is incomplete or later than
+    round `finished`."""
+    _truncate(path, _read_lines(path, finished)[1])
 
-    `check` sees the lines first: what it raises leaves the file as it is.
-    """
+
+def describe(error: BaseException) -> str:
+    """One of `DAMAGED` as part of a message."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _read_lines(path: Path, finished: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines before the first that is incomplete or later than round `finished`, and their size in bytes."""
     lines: list[dict[str, Any]] = []
-    data = path.read_bytes() if path.exists() else b""
-    kept = 0
-    for raw in data.splitlines(keepends=True):
+    size = 0
+    for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             line = json.loads(raw)
-            if not raw.endswith(b"\n") or not line["round"] <= upto:
+            if not raw.endswith(b"\n") or not line["round"] <= finished:
                 break
         except (ValueError, TypeError, KeyError):
             break
         lines.append(line)
-        kept += len(raw)
-    check(lines)
-    if kept < len(data):
-        write_atomic(path, data[:kept])
-    return lines
+        size += len(raw)
+    return lines, size
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _truncate(path: Path, size: int) -> None:
+    if path.exists() and path.stat().st_size > size:
+        write_atomic(path, path.read_bytes()[:size])
