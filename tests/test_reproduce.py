@@ -23,7 +23,7 @@ from fastdlp.report.paper.tables import AVERAGE, DATASETS, PARAMETERS, PUBLISHED
 
 CLI = Callable[..., tuple[int, str, str]]
 Accuracies = Callable[[Cell, int], Sequence[float]]
-FIGURES = [f"{figure}{which}" for figure in ("", "std_", "lowest_") for which in ("last", "best")]
+METRICS = [f"{metric}{which}" for metric in ("", "std_", "lowest_") for which in ("last", "best")]
 HEADER = 3_000  # bytes of a message that are not parameters
 
 
@@ -141,11 +141,11 @@ def test_the_papers_setting_is_the_default(tmp_path: Path) -> None:
         ("ViT-B-32-quickgelu", "openai", 100, 0.1, 10, "last", 0)
     }
     assert {config.seed for config in configs} == {0, 1, 42}
-    rehearsal = make_plan("table5", tmp_path, datasets=["digits"])
-    assert {(c.model, c.pretrained, c.rounds, c.lr) for c in (resolve(c) for c in rehearsal.configs())} == {
+    smoke = make_plan("table5", tmp_path, datasets=["digits"])
+    assert {(c.model, c.pretrained, c.rounds, c.lr) for c in (resolve(c) for c in smoke.configs())} == {
         ("glyph-clip", None, 20, 1e-3)
     }
-    assert rehearsal.target == 0.95
+    assert smoke.target == 0.95
 
 
 def test_tables_share_runs(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_accuracy(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]
     assert "| last round * | best round | paper | difference |" in page
     assert "partition seed 0 for all" in page
     assert "3 rounds" in page
-    assert "The paper's setting is another: ViT-B-32-quickgelu (openai), 100 rounds." in page
+    assert "The paper's setting differs: ViT-B-32-quickgelu (openai), 100 rounds." in page
 
     few = reproduced("table1", "--dataset", "pets", "--dataset", "dtd", "--method", "flora", "--seed", "1")
     assert [(r["encoder"], r["dataset"], r["method"], r["seeds"]) for r in few] == [
@@ -251,7 +251,7 @@ def test_communication(tmp_path: Path, reproduced: Callable[..., list[dict[str, 
     }
 
 
-def test_a_rehearsal_takes_no_differences(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
+def test_a_smoke_run_has_no_differences(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
     for table in ("table2", "table3", "table5", "table8"):
         plan = make_plan(table, tmp_path / "runs" / table, rounds=3, datasets=["digits"], seeds=[0])
         _write_all(plan, lambda cell, seed: [0.9, 0.96, 0.94])
@@ -260,11 +260,11 @@ def test_a_rehearsal_takes_no_differences(tmp_path: Path, reproduced: Callable[.
         assert {row["dataset"] for row in rows if row["seeds"] == "0"} >= set(DATASETS)
         assert {value for row in rows for name, value in row.items() if "difference" in name} == {""}
         for row in rows:
-            ours = [value for name, value in row.items() if name in ("mb", *FIGURES)]
+            ours = [value for name, value in row.items() if name in ("mb", *METRICS)]
             paper = [value for name, value in row.items() if "paper" in name and name != "paper_std"]
             assert all(ours) == (row["dataset"] == "digits") == (not any(paper)), row
         page = (tmp_path / f"reproduce/{table}/{table}.md").read_text()
-        assert "rehearsal on digits: the paper's figures are of other data" in page
+        assert "smoke run on digits: the paper's results are for other data" in page
     assert {row["target"] for row in _rows(tmp_path / "reproduce/table5", "table5")} == {"95", ""}
 
 
@@ -446,8 +446,8 @@ BAD = {
     "table1 --runs run": ["--runs run", "a run itself"],
     "table1 --out file --no-run --partial": ["--out file", "not a folder"],
     "table1 --runs other --seed 0": ["other/pets-local-text-beta0.1-seed0", "not a run folder", "--runs"],
-    "table1 folder": ["table1 takes no run folder"],
-    "ledger": ["ledger needs a run"],
+    "table1 folder": ["unexpected extra argument", "folder"],
+    "ledger": ["Missing argument", "RUN"],
     "ledger other": ["other", "is not a run folder"],
     "ledger run": ["run has not ended"],
     "ledger run --target 88": ["--target is 88"],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_SIDE = 30.0
 _WIDE, _NARROW, _HIGH, _LOW = 0.42, 0.34, 0.3, 0.17  # cells with numbers, up to and beyond _FEW rows or columns
 _FEW, _MOST_NUMBERED = 20, 50
-_SQUARE = 0.17  # cells without
+_CROWDED = 0.17  # width of cells without
 _NAME = 0.1  # between two names
 _MIN_SIDE = 0.3  # of the filled part of a cell, so that a single sample is visible
 
@@ -30,8 +30,7 @@ def cell_size(rows: int, columns: int, max_width: float) -> tuple[float, float, 
     height = _HIGH if rows <= _FEW else _LOW
     if columns <= _MOST_NUMBERED and columns * width <= max_width and rows * height <= MAX_SIDE:
         return width, height, True
-    side = min(_SQUARE, max_width / columns, MAX_SIDE / rows)
-    return side, side, False
+    return min(_CROWDED, max_width / columns), min(height, MAX_SIDE / rows), False
 
 
 def heat_map(
@@ -44,6 +43,7 @@ def heat_map(
     present: np.ndarray | None = None,
     numbers: np.ndarray | None = None,
     areas: np.ndarray | None = None,
+    edges: float = 0.0,
     gap: float = 0.5,
 ) -> tuple[Figure, Axes]:
     """Draw a map that fills its figure; all else lies outside the figure.
@@ -58,6 +58,7 @@ def heat_map(
         present: cells to draw, bool [rows, columns]; default: all.
         numbers: to write into the cells, int [rows, columns], but for 0.
         areas: fractions of the cells to fill, [rows, columns]; default: all of them.
+        edges: width of the white lines between cells.
         gap: between map and colour bar, in inches.
     """
     from matplotlib.collections import PolyCollection
@@ -81,9 +82,9 @@ def heat_map(
         array=values[present],
         cmap=colours,
         norm=norm,
-        edgecolors="none" if numbers is None else "white",
-        linewidths=1,
-        antialiaseds=numbers is not None,  # smooth edges of cells that touch leave gaps
+        edgecolors="white" if edges else "none",
+        linewidths=edges,
+        antialiaseds=edges > 0,  # smooth edges of cells that touch leave gaps
         rasterized=values.size > 20_000,
     )
     axes.add_collection(cells)

@@ -60,7 +60,7 @@ def classes_figure(series: Series) -> bytes | None:
     width, height, numbered = cell_size(clients, classes, _MAX_WIDTH)
     figure, axes = heat_map(
         accuracy,
-        (width, height),
+        (width, height) if numbered else (min(width, height),) * 2,
         ([str(client) for client in series.runs[0].clients], names),
         "viridis",  # its ends differ from the background, and its lightness increases
         Normalize(0, 1),
@@ -68,6 +68,7 @@ def classes_figure(series: Series) -> bytes | None:
         present=n > 0,
         numbers=n if numbered else None,
         areas=None if numbered else n / n.max(),
+        edges=1.0 if numbered else 0.0,
     )
     for row, total in enumerate(n.sum(1)):
         axes.text(classes, row + 0.5, f" {total:,}", va="center", fontsize=6.5, color=FAINT)

@@ -102,6 +102,7 @@ def _draw(partition: Partition, labels: np.ndarray, class_names: Sequence[str]) 
         PowerNorm(0.5, vmin=0, vmax=max(int(samples.max()), 1)),  # the root keeps small numbers visible
         "" if numbered else "samples",
         numbers=samples if numbered else None,
+        edges=1.0 if numbered else 0.5,
         gap=2.0,
     )
     axes.set_ylabel("client")
