@@ -279,7 +279,7 @@ def test_series_are_told_apart_by_what_differs(tmp_path: Path) -> None:
 def test_names_are_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<script>alert(1)</script> & $x$", dataset="folder:/data/<b>pets")
     page = Page(write_report([run], tmp_path / "out")[0].read_text())
-    assert page.rows[1][0] == "script> & $x$"  # what stands behind the last slash
+    assert page.rows[1][0] == "script> & $x$"  # the part after the last slash
     assert "folder:/data/<b>pets" in page.text
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
 

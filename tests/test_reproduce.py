@@ -81,11 +81,11 @@ def reproduced(tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> Cal
     return call
 
 
-def test_every_published_figure_is_in_one_table() -> None:
+def test_every_published_result_is_in_one_table() -> None:
     def leaves(value: Any) -> int:
         return sum(map(leaves, value.values())) if isinstance(value, dict) else 1
 
-    figures = json.loads(PUBLISHED.read_text())
+    results = json.loads(PUBLISHED.read_text())
     cells = {
         (name, Cell(encoder, beta, method, dataset))
         for name, table in TABLES.items()
@@ -95,11 +95,11 @@ def test_every_published_figure_is_in_one_table() -> None:
         for method in table.methods
         for dataset in ((*DATASETS, AVERAGE) if table.kind == "accuracy" else DATASETS)
     }
-    held = {kind: [published(TABLES[n], c) for n, c in cells if TABLES[n].kind == kind] for kind in figures}
+    held = {kind: [published(TABLES[n], c) for n, c in cells if TABLES[n].kind == kind] for kind in results}
     for kind in ("accuracy", "clients", "ablation"):
-        assert sum(map(len, held[kind])) == leaves(figures[kind])
+        assert sum(map(len, held[kind])) == leaves(results[kind])
     targets = 2 * len(DATASETS) * 2
-    assert len(held["communication"]) == leaves(figures["communication"]) - targets == 40
+    assert len(held["communication"]) == leaves(results["communication"]) - targets == 40
 
 
 def test_the_published_megabytes_are_whole_rounds() -> None:
@@ -108,9 +108,9 @@ def test_the_published_megabytes_are_whole_rounds() -> None:
         table = TABLES[name]
         (encoder,) = table.encoders
         for cell in (Cell(encoder, b, m, d) for b in table.betas for m in table.methods for d in DATASETS):
-            figures = published(table, cell)
-            if abs(paper_mb(int(figures["rounds"]), PARAMETERS[encoder]) - figures["mb"]) > 0.00501:
-                wrong.append((cell, figures["mb"], figures["rounds"]))
+            results = published(table, cell)
+            if abs(paper_mb(int(results["rounds"]), PARAMETERS[encoder]) - results["mb"]) > 0.00501:
+                wrong.append((cell, results["mb"], results["rounds"]))
     assert wrong == [(Cell("text", 0.01, "feddat", "pets"), 20.48, 12)]  # 12 rounds are 20.45
     assert f"{paper_mb(12, PARAMETERS['text']):.2f}" == "20.45"
     assert f"{paper_mb(6, PARAMETERS['image']):.2f}" == "15.30"
@@ -174,8 +174,8 @@ def test_accuracy(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]
     assert len(rows) == 2 * 5 * 5
     row = next(r for r in rows if (r["encoder"], r["dataset"], r["method"]) == ("image", "dtd", "feddlp"))
     last = [100 * _accuracies(Cell("image", 0.1, "feddlp", "dtd"), seed)[-1] for seed in (0, 1, 42)]
-    figures = {name: float(row[name]) for name in list(row)[4:]}
-    assert figures == pytest.approx(
+    results = {name: float(row[name]) for name in list(row)[4:]}
+    assert results == pytest.approx(
         {
             "seeds": 3,
             "last": fmean(last),
@@ -316,8 +316,8 @@ def test_missing_runs(tmp_path: Path, cli: CLI, reproduced: Callable[..., list[d
     for seed in plan.seeds:
         for path in (runs / f"aircraft-combined-text-beta0.1-seed{seed}").iterdir():
             path.unlink()
-    words = ("reproduce", "table7", "--encoder", "text", "--rounds", 3, "--no-run")
-    code, out, err = cli(*words)
+    arguments = ("reproduce", "table7", "--encoder", "text", "--rounds", 3, "--no-run")
+    code, out, err = cli(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "5 missing runs of 24" in err
     assert "--partial" in err
@@ -375,12 +375,12 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("file", "content", "word"), [(f, *case) for f, cases in DAMAGE.items() for case in cases])
 def test_damaged_runs_are_refused(file: str, content: str, word: str, tmp_path: Path, cli: CLI) -> None:
-    words = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
+    arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
     (config,) = make_plan("table7", tmp_path / "runs", encoders=["text"], rounds=1, seeds=[0], methods=["feddlp"],
                           datasets=["pets"]).configs()  # fmt: skip
     _write_run(config, [0.5])
     (Path(str(config.out)) / file).write_text(content)
-    code, out, err = cli("reproduce", "table7", *words, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    code, out, err = cli("reproduce", "table7", *arguments, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert word in err
     assert str(config.out) in err
@@ -403,8 +403,8 @@ def test_a_run_of_other_options_is_refused(option: dict[str, Any], word: str, tm
                      datasets=["pets"])  # fmt: skip
     (config,) = plan.configs()
     _write_run(replace(config, **option), [0.5] * (option.get("rounds") or 1))
-    words = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
-    code, out, err = cli("reproduce", "table7", *words, "--runs", tmp_path / "runs")
+    arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
+    code, out, err = cli("reproduce", "table7", *arguments, "--runs", tmp_path / "runs")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert word in err
     assert "name another --runs" in err

@@ -148,7 +148,7 @@ def test_resume_takes_no_other_option(options: tuple[object, ...], refused: Refu
 
 def test_resume_of_what_is_no_sweep(refused: Refused, stopped: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere", stopped / FIRST):
-        assert "is not a sweep: name the folder that fastdlp sweep made" in refused("--resume", place)
+        assert "is not a sweep: name a folder that fastdlp sweep wrote" in refused("--resume", place)
     assert list(tmp_path.iterdir()) == []
 
 

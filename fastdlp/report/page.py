@@ -94,12 +94,7 @@ def _title(run: Run) -> str:
 def _lead(series: Sequence[Series]) -> str:
     runs = [run for one in series for run in one.runs]
     partition = runs[0].partition
-    beta = partition.get("beta")
-    scheme = scheme_text(
-        str(partition.get("scheme", "file")),
-        beta if isinstance(beta, float) else None,
-        partition.get("classes_per_client"),
-    )
+    scheme = scheme_text(str(partition.get("scheme", "file")), _beta(runs[0]), partition.get("classes_per_client"))
     parts = [
         f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}",
         f"{runs[0].n.sum():,} test samples",
@@ -111,35 +106,31 @@ def _lead(series: Sequence[Series]) -> str:
 
 
 def _runs_table(series: Sequence[Series]) -> str:
-    runs = [run for one in series for run in one.runs]
-    validated = any(run.validation is not None for run in runs)
-    head = ["run", "method", "encoder", "β", "seed", "rounds", "last round", "best on test (round)"]
-    head += ["chosen on validation (round)"] if validated else []
-    head += ["mean of clients", "std", "lowest client", "parameters uploaded", "MiB exchanged", "gates at zero", "time"]
-    rows = []
-    for index, one in enumerate(series):
-        for run in one.runs:
-            config = run.config
-            cells = [
-                config.method,
-                config.encoder,
-                _beta(run),
-                str(config.seed),
-                str(run.rounds) if run.finished else f"{run.rounds} of {config.rounds}, unfinished",
-                _accuracy(run.accuracy[-1]),
-                f"{_accuracy(run.best[1])} ({run.best[0]})",
-            ]
-            if validated:
-                cells.append(f"{_accuracy(run.chosen[1])} ({run.chosen[0]})" if run.chosen else "–")
-            cells += [
-                *(_accuracy(run.over_clients(statistic)[-1]) for statistic in ("mean", "std", "min")),
-                "–" if run.uploaded is None else f"{run.uploaded:,}",
-                f"{run.exchanged[-1] / MIB:,.2f}",
-                f"{run.gates_zero[-1]:.1%}" if run.gates else "–",
-                _time(run.seconds),
-            ]
-            rows.append((_swatch(index) + escape(run.name), cells))
-    return _table(head, rows)
+    columns: dict[str, Callable[[Run], str]] = {
+        "method": lambda run: run.config.method,
+        "encoder": lambda run: run.config.encoder,
+        "β": lambda run: "–" if _beta(run) is None else f"{_beta(run):g}",
+        "seed": lambda run: str(run.config.seed),
+        "rounds": lambda run: f"{run.rounds}" + ("" if run.finished else f" of {run.config.rounds}, unfinished"),
+        "last round": lambda run: f"{run.accuracy[-1]:.4f}",
+        "best on test (round)": lambda run: f"{run.best[1]:.4f} ({run.best[0]})",
+        "chosen on validation (round)": lambda run: f"{run.chosen[1]:.4f} ({run.chosen[0]})" if run.chosen else "–",
+        "mean of clients": lambda run: f"{run.over_clients('mean')[-1]:.4f}",
+        "std": lambda run: f"{run.over_clients('std')[-1]:.4f}",
+        "lowest client": lambda run: f"{run.over_clients('min')[-1]:.4f}",
+        "parameters uploaded": lambda run: "–" if run.uploaded is None else f"{run.uploaded:,}",
+        "MiB exchanged": lambda run: f"{run.exchanged[-1] / MIB:,.2f}",
+        "gates at zero": lambda run: f"{run.gates_zero[-1]:.1%}" if run.gates else "–",
+        "time": lambda run: _time(run.seconds),
+    }
+    if all(run.validation is None for one in series for run in one.runs):
+        del columns["chosen on validation (round)"]
+    rows = [
+        (_swatch(index) + escape(run.name), [text(run) for text in columns.values()])
+        for index, one in enumerate(series)
+        for run in one.runs
+    ]
+    return _table(["run", *columns], rows)
 
 
 def _note(series: Sequence[Series]) -> str:
@@ -232,13 +223,9 @@ def _over_seeds(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.4f}" + (f" ± {np.std(known):.4f}" if len(known) > 1 else "")
 
 
-def _beta(run: Run) -> str:
+def _beta(run: Run) -> float | None:
     beta = run.partition.get("beta")
-    return f"{beta:g}" if isinstance(beta, float) else "–"
-
-
-def _accuracy(value: float) -> str:
-    return f"{value:.4f}"
+    return beta if isinstance(beta, float) else None
 
 
 def _time(seconds: float) -> str:

@@ -41,7 +41,7 @@ class RunFolder:
         self.path = path
         if not (path / CONFIG).is_file():
             what = "is not a run folder" if path.exists() else "does not exist"
-            raise FastdlpError(f"{path} {what}: name the folder that fastdlp train made")
+            raise FastdlpError(f"{path} {what}: name a folder that fastdlp train wrote")
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
@@ -131,14 +131,8 @@ class RunFolder:
         (self.path / SUMMARY).unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary, or None while the run has not ended."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
-        summary = read_json(path, "summary")
-        if not isinstance(summary, dict) or "rounds" not in summary:
-            raise FastdlpError(f"{path} is not a summary: remove it and go on with --resume {self.path}")
-        return summary
+        """The summary, or None while the run has not ended. Raises FastdlpError for a damaged one."""
+        return read_summary(self.path, {"rounds"})
 
     def started(self) -> bool:
         """Whether a round is recorded."""
@@ -202,6 +196,17 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def read_summary(folder: Path, keys: set[str]) -> dict[str, Any] | None:
+    """The summary in a folder, or None if there is none. Raises FastdlpError for one that lacks any of the keys."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    summary = read_json(path, "summary")
+    if not isinstance(summary, dict) or not keys <= set(summary):
+        raise FastdlpError(f"{path} is not a summary: remove it and resume with --resume {folder}")
+    return summary
 
 
 def truncate_lines(path: Path, finished: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.files import read_json, write_atomic
-from fastdlp.run.folder import CHECKPOINT, CONFIG, SUMMARY, RunFolder
+from fastdlp.run.folder import CHECKPOINT, CONFIG, SUMMARY, RunFolder, read_summary
 
 FILE = "sweep.json"
 _NUMBER = r"\d[\d.e+-]*"
@@ -45,7 +45,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         if not (path / FILE).is_file():
-            raise FastdlpError(f"{path} is not a sweep: name the folder that fastdlp sweep made")
+            raise FastdlpError(f"{path} is not a sweep: name a folder that fastdlp sweep wrote")
         self.path = path
         document = read_json(path / FILE, "sweep")
         document = document if isinstance(document, dict) else {}
@@ -106,13 +106,7 @@ class SweepFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary, or None while the sweep has not ended. Raises FastdlpError for a damaged one."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
-        summary = read_json(path, "summary")
-        if not isinstance(summary, dict) or not {"config", "members", "settings"} <= set(summary):
-            raise FastdlpError(f"{path} is not a sweep's summary: remove it and go on with --resume {self.path}")
-        return summary
+        return read_summary(self.path, {"config", "members", "settings"})
 
 
 def _write(path: Path, members: Sequence[str], failed: dict[str, str]) -> None:
