@@ -106,7 +106,7 @@ def zero_shot_levels(series: Sequence[Series]) -> list[float]:
 
 
 def loss_title(name: str) -> str:
-    """ce_local: "cross-entropy, local adapter (ce_local)"."""
+    """A heading for a loss: "task loss, local adapter (ce_local)"."""
     kind, _, branch = name.partition("_")
     kind = {"ce": "task loss", "kd": "distillation"}.get(kind, kind)
     return f"{kind}, {branch} adapter ({name})" if branch in ("local", "global") else f"{kind} ({name})"

@@ -180,19 +180,6 @@ class RunFolder:
             raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {hint}")
         return parsed
 
-    def resume_metrics(self, finished: int) -> list[dict[str, Any]]:
-        """The lines of rounds 1 to `finished`; later ones, which a stopped run left, are removed from the file.
-
-        Raises:
-            FastdlpError: a line is missing.
-        """
-        path = self.path / METRICS
-        lines, size = _read_lines(path, finished)
-        if [line["round"] for line in lines] != list(range(1, finished + 1)):
-            raise FastdlpError(f"{path} does not hold the rounds 1 to {finished}: start again with --overwrite")
-        _truncate(path, size)
-        return lines
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -209,22 +196,24 @@ def read_summary(folder: Path, keys: set[str]) -> dict[str, Any] | None:
     return summary
 
 
-def truncate_lines(path: Path, finished: int) -> None:
-    """Remove from a .jsonl file, which may be missing, everything from the first line that is incomplete or later than
-    round `finished`."""
-    _truncate(path, _read_lines(path, finished)[1])
+def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list[dict[str, Any]]:
+    """Remove from a .jsonl file everything from the first line that is incomplete or later than round `finished`.
 
+    Args:
+        path: the file, which may be missing.
+        finished: the last round to keep.
+        every_round: the file must hold exactly one line for each of the rounds 1 to `finished`.
 
-def describe(error: BaseException) -> str:
-    """One of `DAMAGED` as part of a message."""
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+    Returns:
+        The lines that stay.
 
-
-def _read_lines(path: Path, finished: int) -> tuple[list[dict[str, Any]], int]:
-    """The lines before the first that is incomplete or later than round `finished`, and their size in bytes."""
+    Raises:
+        FastdlpError: a line is missing; the file is left unchanged.
+    """
     lines: list[dict[str, Any]] = []
+    data = path.read_bytes() if path.exists() else b""
     size = 0
-    for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for raw in data.splitlines(keepends=True):
         try:
             line = json.loads(raw)
             if not raw.endswith(b"\n") or not line["round"] <= finished:
@@ -233,9 +222,13 @@ def _read_lines(path: Path, finished: int) -> tuple[list[dict[str, Any]], int]:
             break
         lines.append(line)
         size += len(raw)
-    return lines, size
+    if every_round and [line["round"] for line in lines] != list(range(1, finished + 1)):
+        raise FastdlpError(f"{path} does not hold the rounds 1 to {finished}: start again with --overwrite")
+    if size < len(data):
+        write_atomic(path, data[:size])
+    return lines
 
 
-def _truncate(path: Path, size: int) -> None:
-    if path.exists() and path.stat().st_size > size:
-        write_atomic(path, path.read_bytes()[:size])
+def describe(error: BaseException) -> str:
+    """One of `DAMAGED` as part of a message."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -18,7 +18,7 @@ from fastdlp.engine.engine import RoundLosses, counted
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
-from fastdlp.run.folder import ADAPTERS, CHECKPOINT, RunFolder
+from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, truncate_lines
 from fastdlp.run.metrics import Hits, accuracy_metrics, round_line, summarize
 from fastdlp.run.setup import Federation
 from fastdlp.run.trace import Trace
@@ -41,7 +41,7 @@ class Recorder:
         self.writes = engine.shards.leads
         traced = config.trace and self.writes
         self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if traced else None
-        self.lines = run.resume_metrics(finished) if self.writes else []
+        self.lines = truncate_lines(run.path / METRICS, finished, every_round=True) if self.writes else []
         self.message = message_bytes(engine.bank, engine.method.shared)
         self._identity = identity(federation)
         self._hits: Hits | None = None  # of the last round, if this process has run one
