@@ -14,7 +14,7 @@ from fastdlp.cli.bench import bench_app
 from fastdlp.cli.export import export
 from fastdlp.cli.options import RECORD, Json, Quiet, SummaryJson, check_options, config_options
 from fastdlp.cli.report import report
-from fastdlp.cli.reproduce import reproduce
+from fastdlp.cli.reproduce import app as reproduce_app
 from fastdlp.cli.sweep import sweep
 from fastdlp.config import PARTITION_OPTIONS, TrainConfig
 from fastdlp.errors import FastdlpError
@@ -123,7 +123,7 @@ def evaluate(
 
 app.command("sweep")(sweep)
 app.command()(report)
-app.command()(reproduce)
+app.add_typer(reproduce_app, name="reproduce")
 app.command()(export)
 
 

@@ -9,18 +9,18 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not; sweeps.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not, or sweeps.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where to write index.html and its PNGs; new or empty.")
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for index.html and its PNGs; new or empty.")
     ],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into --out whatever it holds; other files in it stay.")
+        bool, typer.Option("--overwrite", help="Write to --out even if it is not empty; other files in it stay.")
     ] = False,
 ) -> None:
-    """Draw runs side by side: one HTML page that needs nothing else, and its pictures.
+    """Compare runs: a self-contained HTML page and its pictures.
 
-    Runs that differ only in --seed become one curve with its seeds. All must have the same data set, model and
-    partition, so that their accuracies can be compared.
+    Runs that differ only in --seed are one curve with its seeds. All must have the same data set, model and partition,
+    so that their accuracies can be compared.
     """
     from fastdlp.report.write import write_report
 
@@ -30,7 +30,7 @@ def report(
 
 
 def _members(path: Path) -> list[Path]:
-    """A run itself; of a sweep's folder the members that have not diverged."""
+    """The run itself; for a sweep, the members that have not diverged."""
     from fastdlp.run.sweep_folder import FILE, SweepFolder
 
     if not (path / FILE).is_file():

@@ -8,184 +8,146 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from fastdlp.cli.options import HELP, config_options
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
+from fastdlp.report.paper.tables import TABLES, find_table
 
 if TYPE_CHECKING:
     from fastdlp.report.paper.plan import Plan
-    from fastdlp.report.paper.run import Watch
+    from fastdlp.report.paper.run import PlanCallbacks
 
 _WIDTH = 100  # columns of a comparison; a narrower terminal wraps it
-WHAT, SETTING, RUNNING = "What of the table", "Setting", "Runs"
+_OF_TRAIN = ("rounds", "protocol", "precision", "data_dir", "download")  # options as in fastdlp train
+TABLE, SETTING, RUNS = "Part of the table", "Setting", "Runs"
 
 
-def reproduce(
-    table: Annotated[str, typer.Argument(help="table1 … table8, figure2, or the word ledger.", show_default=False)],
-    run: Annotated[
-        Path | None, typer.Argument(help="After ledger: the folder of a finished run.", show_default=False)
-    ] = None,
+class _Tables(TyperGroup):
+    """Lists the tables when a name is unknown."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            find_table(args[0])
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Tables,
+    help="A table of FEDDLP's paper: runs what is missing of it, and shows our results beside the published ones.",
+)
+
+
+def _option(name: str, panel: str, text: str, default: str | bool = True, metavar: str | None = None) -> Any:
+    return typer.Option(name, help=text, show_default=default, rich_help_panel=panel, metavar=metavar)
+
+
+def _reproduce(
+    given: dict[str, Any],
+    ctx: typer.Context,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(
-            "--dataset",
-            help="pets, flowers, aircraft, dtd; or digits: a rehearsal with the embedded model. May be given again.",
-            show_default="the four",
-            rich_help_panel=WHAT,
-        ),
+        _option("--dataset", TABLE, "pets, flowers, aircraft, dtd; or digits: a smoke run. Repeatable.", "the four"),
     ] = None,
     encoder: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--encoder", help="image or text. May be given again.", show_default="the table's", rich_help_panel=WHAT
-        ),
+        list[str] | None, _option("--encoder", TABLE, "image or text. Repeatable.", "the table's")
     ] = None,
-    beta: Annotated[
-        list[float] | None,
-        typer.Option("--beta", help="May be given again.", show_default="the table's", rich_help_panel=WHAT),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="May be given again.", show_default="the table's", rich_help_panel=WHAT),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option("--seed", help="Of training. May be given again.", show_default="0, 1, 42", rich_help_panel=WHAT),
-    ] = None,
+    beta: Annotated[list[float] | None, _option("--beta", TABLE, "Repeatable.", "the table's")] = None,
+    method: Annotated[list[str] | None, _option("--method", TABLE, "Repeatable.", "the table's")] = None,
+    seed: Annotated[list[int] | None, _option("--seed", TABLE, "Of training. Repeatable.", "0, 1, 42")] = None,
     target: Annotated[
         float | None,
-        typer.Option(
-            "--target",
-            help="Accuracy to reach, a fraction (table5, table6, ledger).",
-            show_default="the paper's, digits: 0.95",
-            rich_help_panel=WHAT,
-        ),
+        _option("--target", TABLE, "Accuracy to reach, a fraction (table5, table6).", "the paper's, digits: 0.95"),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="As in train.",
-            show_default="ViT-B-32-quickgelu, digits: glyph-clip",
-            rich_help_panel=SETTING,
-        ),
+        str | None, _option("--model", SETTING, "As in train.", "ViT-B-32-quickgelu, digits: glyph-clip")
     ] = None,
-    pretrained: Annotated[
-        str | None,
-        typer.Option("--pretrained", help="As in train.", show_default="openai", rich_help_panel=SETTING),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option("--rounds", help="As in train.", show_default="100, digits: 20", rich_help_panel=SETTING),
-    ] = None,
+    pretrained: Annotated[str | None, _option("--pretrained", SETTING, "As in train.", "openai")] = None,
     lr: Annotated[
         list[str] | None,
-        typer.Option(
-            "--lr",
-            metavar="METHOD=VALUE",
-            help="A method's learning rate. May be given again.",
-            show_default="as train's",
-            rich_help_panel=SETTING,
-        ),
-    ] = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option("--protocol", help="paper or reference.", show_default="paper", rich_help_panel=SETTING),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32 or bf16.", show_default="fp32", rich_help_panel=SETTING)
+        _option("--lr", SETTING, "A method's learning rate. Repeatable.", "as train's", metavar="METHOD=VALUE"),
     ] = None,
     partition_seeds: Annotated[
         str,
-        typer.Option(
+        _option(
             "--partition-seeds",
-            help="fixed: partition seed 0 for all seeds; seed: each seed's own. The paper does not say.",
-            rich_help_panel=SETTING,
+            SETTING,
+            "fixed: partition seed 0 for all seeds; seed: equal to the training seed. The paper does not state it.",
         ),
     ] = "fixed",
-    data_dir: Annotated[
-        str | None,
-        typer.Option("--data-dir", help="Where the data sets lie, or are downloaded to.", rich_help_panel=RUNNING),
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch what is not in --data-dir.", rich_help_panel=RUNNING)
-    ] = False,
-    runs: Annotated[
-        Path, typer.Option("--runs", help="Folder of the run folders; tables share runs.", rich_help_panel=RUNNING)
-    ] = Path("runs/reproduce"),
-    jobs: Annotated[
-        int, typer.Option("--jobs", help="Runs at once, which share the threads.", rich_help_panel=RUNNING)
-    ] = 1,
+    runs: Annotated[Path, _option("--runs", RUNS, "Folder of the run folders, which tables share.")] = Path(
+        "runs/reproduce"
+    ),
+    jobs: Annotated[int, _option("--jobs", RUNS, "Concurrent runs, which share the threads.")] = 1,
     device: Annotated[
         str | None,
-        typer.Option(
-            "--device",
-            help="auto, cpu, cuda, or several, cuda:0,cuda:1, for the jobs in turn.",
-            show_default="auto",
-            rich_help_panel=RUNNING,
-        ),
+        _option("--device", RUNS, "auto, cpu, cuda, or several for the jobs: cuda:0,cuda:1.", "auto"),
     ] = None,
-    no_run: Annotated[
-        bool, typer.Option("--no-run", help="Run nothing, compare what is there.", rich_help_panel=RUNNING)
-    ] = False,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="With --no-run: show – for what is missing.", rich_help_panel=RUNNING)
-    ] = False,
+    no_run: Annotated[bool, _option("--no-run", RUNS, "Only compare the finished runs.")] = False,
+    partial: Annotated[bool, _option("--partial", RUNS, "With --no-run: show – for missing runs.")] = False,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="Folder of TABLE.md, TABLE.csv and TABLE.png.",
-            show_default="reproduce/TABLE",
-            rich_help_panel=RUNNING,
-        ),
+        Path | None, _option("--out", RUNS, "Folder of TABLE.md, TABLE.csv and TABLE.png.", "reproduce/TABLE")
     ] = None,
 ) -> None:
-    """A table of FEDDLP's paper: runs what is missing of it, and shows our figures beside the published ones.
+    """Run what is missing of the table, and show our results beside the published ones.
 
-    Without options in the paper's setting, 100 rounds of ViT-B/32 for every entry and seed: hours on a GPU. The
-    rehearsal is --dataset digits. Ctrl-C stops; the same command goes on. `ledger RUN` shows what one run exchanged.
+    Without options in the paper's setting, 100 rounds of ViT-B/32 for every entry and seed: hours on a GPU. --dataset
+    digits is a smoke run with the embedded model. After Ctrl-C, the same command resumes.
     """
     from fastdlp.report.paper.plan import make_plan
 
-    if table == "ledger":
-        return _ledger(run, target)
-    if run is not None:
-        raise FastdlpError(f"{table} takes no run {run}: only ledger does; the folder of all runs is --runs")
-    plan = make_plan(
-        table,
-        runs,
-        dataset,
-        encoder,
-        beta,
-        method,
-        seed,
-        partition_seeds,
-        target,
-        lr,
-        model=model,
-        pretrained=pretrained,
-        rounds=rounds,
-        protocol=protocol,
-        precision=precision,
-        data_dir=data_dir,
-        download=download or None,
-    )
+    name = str(ctx.info_name)
+    given |= {"model": model, "pretrained": pretrained}
+    plan = make_plan(name, runs, dataset, encoder, beta, method, seed, partition_seeds, target, lr, **given)
     if jobs < 1:
         raise FastdlpError(f"--jobs is {jobs}: it must be at least 1")
     if partial and not no_run:
-        raise FastdlpError("--partial goes with --no-run: add it, or leave --partial out and everything is run")
+        raise FastdlpError("--partial needs --no-run: add it, or leave out --partial to run everything")
     devices = device.split(",") if device else []
-    for name in devices:
-        TrainConfig(device=name).check()
-    folder = out or Path("reproduce") / table
+    for one in devices:
+        TrainConfig(device=one).check()
+    folder = out or Path("reproduce") / name
     if folder.exists() and not folder.is_dir():
         raise FastdlpError(f"--out {folder} is not a folder: name another")
-    _show(plan, folder, _complete(plan, jobs, devices, no_run, partial))
+    missing = _run_missing(plan, jobs, devices, no_run, partial)
+    _show(plan, folder, missing)
 
 
-def _complete(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, partial: bool) -> list[TrainConfig]:
-    """Run what is missing; returns what is missing still, which only --partial lets pass."""
+for _name, _table in TABLES.items():
+    _betas = " and ".join(f"{beta:g}" for beta in _table.betas)
+    _without = [name for name in HELP if name not in _OF_TRAIN]
+    app.command(_name, short_help=f"{_table.title}, β {_betas}")(config_options(_reproduce, without=_without))
+
+
+@app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    target: Annotated[float | None, typer.Option("--target", help="Up to this accuracy, a fraction.")] = None,
+) -> None:
+    """What one client of a run exchanged: up to the target if one is given, else in all rounds."""
+    from fastdlp.cli import console
+    from fastdlp.report.paper.ledger import read_ledger
+    from fastdlp.report.paper.plan import check_target
+
+    check_target(target)
+    record = read_ledger(run)
+    rounds = len(record.lines) if target is None else record.rounds_to(target)
+    if rounds is None:
+        best = record.at("best")
+        text = f"{run} does not reach {target:g}: its best round is {best['round']} with {best['accuracy']:.4f}"
+    else:
+        reached = "" if target is None else f" to an accuracy of {target:g}"
+        text = (
+            f"{rounds} round{'s' * (rounds > 1)}{reached}, {record.parameters:,} parameters per direction: "
+            f"{record.paper_mb(rounds):.2f} MB as the paper counts, {record.true_bytes(rounds):,} bytes of messages, "
+            "of one client, up and down"
+        )
+    console.out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, partial: bool) -> list[TrainConfig]:
+    """Run what is missing, unless `no_run`; returns what is still missing, which only --partial allows."""
     from fastdlp.cli import console
     from fastdlp.report.paper.run import Interrupted, complete, missing
 
@@ -194,99 +156,60 @@ def _complete(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, parti
     if no_run and absent and not partial:
         raise FastdlpError(
             f"{len(absent)} missing runs of {len(configs)}, the first is {absent[0].out}: leave out --no-run to run "
-            "them, or add --partial to see the rest"
+            "them, or add --partial to see the others"
         )
     if no_run or not absent:
         return absent
-    with console.watching(quiet=True) as callbacks, _counting(len(configs), len(configs) - len(absent)) as watch:
-        watch.should_stop = callbacks.should_stop
+    with console.watching(quiet=True) as watching, _progress(len(configs), len(configs) - len(absent)) as callbacks:
+        callbacks.should_stop = watching.should_stop
         try:
-            complete(absent, jobs, devices, watch)
+            complete(absent, jobs, devices, callbacks)
         except Interrupted:
-            left = len(missing(configs))
-            console.err.print(
-                f"stopped with {len(configs) - left} of {len(configs)} runs finished; the same command goes on",
-                style="yellow",
-                highlight=False,
-            )
+            finished = len(configs) - len(missing(configs))
+            text = f"stopped with {finished} of {len(configs)} runs finished; the same command resumes"
+            console.err.print(text, style="yellow", highlight=False)
             raise typer.Exit(130) from None
     return []
 
 
 @contextmanager
-def _counting(total: int, finished: int) -> Iterator[Watch]:
-    """A watch that shows a bar of runs on stderr, and writes a line for each that has ended."""
+def _progress(total: int, finished: int) -> Iterator[PlanCallbacks]:
+    """Callbacks that show a progress bar of runs on stderr, and write a line for each finished run."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastdlp.cli import console
-    from fastdlp.report.paper.run import Watch
+    from fastdlp.report.paper.run import PlanCallbacks
 
-    shown = TextColumn("{task.description}", markup=False)
-    columns = (shown, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as progress:
         bar = progress.add_task("preparing", total=total, completed=finished)
 
-        def say(name: str, text: str) -> None:
+        def show(name: str, text: str) -> None:
             progress.update(bar, description=f"{name}: {text}")
 
-        def ended(name: str) -> None:
-            nonlocal finished
-            finished += 1
-            progress.update(bar, completed=finished)
-            console.err.print(f"{finished}/{total} {name}", highlight=False, markup=False, soft_wrap=True)
+        def finish(name: str) -> None:
+            progress.advance(bar)
+            done = round(progress.tasks[0].completed)
+            console.err.print(f"{done}/{total} {name}", highlight=False, markup=False, soft_wrap=True)
 
-        def finished_round(name: str, line: dict[str, Any]) -> None:
-            say(name, f"round {line['round']}, accuracy {line['accuracy']:.3f}")
-
-        yield Watch(lambda name: say(name, "begun"), say, finished_round, ended)
+        yield PlanCallbacks(
+            started=lambda name: show(name, "started"),
+            preparing=show,
+            finished_round=lambda name, line: show(name, f"round {line['round']}, accuracy {line['accuracy']:.3f}"),
+            finished=finish,
+        )
 
 
 def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
-    """Print the comparison and write it to a folder."""
+    """Write the comparison to a folder and print it."""
     from fastdlp.cli import console
-    from fastdlp.files import write_atomic
-    from fastdlp.report.paper.compare import compare, curve_rows, read_runs
-    from fastdlp.report.paper.plot import draw_bars, draw_curves
-    from fastdlp.report.paper.write import csv_text, markdown, notes, rich_table, sections
+    from fastdlp.report.paper.write import notes, rich_table, sections, write_comparison
 
-    found = read_runs(plan, [config.out for config in missing])
-    rows = compare(plan, found)
-    picture = f"{plan.name}.png"
-    write_atomic(folder / f"{plan.name}.md", markdown(plan, rows, missing, picture))
-    if plan.table.kind == "curve":
-        curve = curve_rows(plan, found)
-        write_atomic(folder / f"{plan.name}.csv", csv_text(curve))
-        draw_curves(folder / picture, plan, curve)
-    else:
-        write_atomic(folder / f"{plan.name}.csv", csv_text(rows))
-        draw_bars(folder / picture, plan, rows)
+    rows = write_comparison(plan, folder, missing)
     for heading, part in sections(plan, rows):
-        shown = rich_table(plan, f"{plan.name} · {plan.table.title} · {heading}", part, missing)
-        console.out.print(shown, width=max(console.out.width, _WIDTH), crop=False)
+        table = rich_table(plan, f"{plan.name} · {plan.table.title} · {heading}", part, missing)
+        console.out.print(table, width=max(console.out.width, _WIDTH), crop=False)
     for note in notes(plan, missing):
         console.out.print(note, highlight=False, markup=False)
     console.out.print(f"written: {folder}/{plan.name}.md, .csv, .png", highlight=False, markup=False, soft_wrap=True)
-
-
-def _ledger(run: Path | None, target: float | None) -> None:
-    """Print what a client of one run exchanged: up to the target where one is given, else in all rounds."""
-    from fastdlp.cli import console
-    from fastdlp.report.paper.ledger import read_ledger
-
-    if run is None:
-        raise FastdlpError("ledger needs a run: name the folder of a finished one")
-    if target is not None and not 0 < target <= 1:
-        raise FastdlpError(f"--target is {target:g}: give a fraction above 0 and up to 1, such as 0.88")
-    ledger = read_ledger(run)
-    rounds = len(ledger.lines) if target is None else ledger.rounds_to(target)
-    if rounds is None:
-        best = ledger.at("best")
-        text = f"{run} does not reach {target:g}: its best round is {best['round']} with {best['accuracy']:.4f}"
-    else:
-        reached = "" if target is None else f" to an accuracy of {target:g}"
-        text = (
-            f"{rounds} round{'s' * (rounds > 1)}{reached}, {ledger.parameters:,} parameters a direction: "
-            f"{ledger.paper_mb(rounds):.2f} MB as the paper counts, {ledger.true_bytes(rounds):,} bytes of messages, "
-            "of one client, up and down"
-        )
-    console.out.print(text, highlight=False, markup=False, soft_wrap=True)

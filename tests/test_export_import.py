@@ -295,7 +295,7 @@ def test_places_without_an_adapter(folder: Path, tmp_path: Path) -> None:
         save_file(tensors, tmp_path / "a.safetensors", {"fastdlp": json.dumps(about | change)})
         assert_one_line(tmp_path / "a.safetensors", words)
     save_file(tensors, tmp_path / "a.safetensors", {"fastdlp": "[]"})
-    assert_one_line(tmp_path / "a.safetensors", "its metadata are no object")
+    assert_one_line(tmp_path / "a.safetensors", "its metadata is not an object")
 
 
 def assert_one_line(path: Path, words: str) -> None:

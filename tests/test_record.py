@@ -1,4 +1,4 @@
-"""The run folder says what happened, agrees with itself, and can be used: evaluated, dealt again, reproduced."""
+"""A run folder is complete and consistent, and can be evaluated, used as a partition and reproduced."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_metrics(metrics: list[dict[str, Any]], run: Path) -> None:
         assert line["seconds"] > 0
 
 
-def test_losses_are_means_and_start_where_they_must(metrics: list[dict[str, Any]]) -> None:
+def test_losses_are_means_and_decrease(metrics: list[dict[str, Any]]) -> None:
     """B starts at zero: both models are the frozen one, so the first round's losses are near each other."""
     first, last = metrics[0]["losses"], metrics[-1]["losses"]
     assert 0 < last["ce_local"] < first["ce_local"] < np.log(10)
@@ -143,7 +143,7 @@ def test_losses_are_means_and_start_where_they_must(metrics: list[dict[str, Any]
 
 def test_summary(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
     last, best = metrics[-1], max(metrics, key=lambda line: line["accuracy"])
-    told = {
+    expected = {
         "method": "feddlp", "encoder": "image", "model": "glyph-clip", "dataset": "digits", "partition": "dirichlet",
         "beta": 0.5, "clients": CLIENTS, "rounds": ROUNDS, "seed": 0, "partition_seed": 0, "protocol": "paper",
         "precision": "fp32", "accuracy_is": "last", "empty_clients": [], "bad_images": [],
@@ -152,7 +152,7 @@ def test_summary(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None
         "clients_std": last["clients_std"], "clients_lowest": last["clients_lowest"],
         "gates_zero_share": last["gates_zero_share"], "fastdlp_version": fastdlp.__version__,
     }  # fmt: skip
-    assert {name: summary[name] for name in told} == told
+    assert {name: summary[name] for name in expected} == expected
     for client, line in zip(summary["per_client"], last["clients"]):
         assert (client["client"], client["correct"], client["n_test"], client["accuracy"]) == (
             line["client"], line["correct"], line["n"], line["accuracy"],
@@ -165,7 +165,9 @@ def test_summary(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None
     assert summary["seconds_total"] == pytest.approx(summary["seconds_preparation"] + rounds, abs=2e-3)
 
 
-def test_the_ledger_is_what_is_serialised(run: Path, summary: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+def test_the_recorded_bytes_are_those_of_the_messages(
+    run: Path, summary: dict[str, Any], metrics: list[dict[str, Any]]
+) -> None:
     server = run / "adapters/server.safetensors"
     parameters = sum(tensor.numel() for tensor in load_file(server).values())
     assert summary["uploaded_parameters"] == parameters == 2 * (128 + 128) * 16 + 2 * (128 + 512) * 8 + 2 * 256
@@ -183,10 +185,10 @@ def test_a_method_that_exchanges_nothing(few: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     code, out, err = _main("train", "--method", "local", "--partition", few, "--rounds", 1, "--out", path, "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
+    result = json.loads(out)
     for way in ("uploaded", "downloaded"):
-        assert (told[f"{way}_bytes_per_client_round"], told[f"{way}_bytes_total"]) == (0, 0)
-    assert told["uploaded_parameters"] == 0
+        assert (result[f"{way}_bytes_per_client_round"], result[f"{way}_bytes_total"]) == (0, 0)
+    assert result["uploaded_parameters"] == 0
     assert not (path / "adapters/server.safetensors").exists()
 
 
@@ -274,7 +276,7 @@ def test_quiet(few: Path, tmp_path: Path) -> None:
     assert (path / "summary.json").exists()
 
 
-def test_without_out_a_folder_is_named_and_told(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_out_a_folder_is_named_and_printed(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = _main("train", "--partition", few, "--rounds", 1, "--seed", 7, "--method", "flora")
     assert code == 0
@@ -305,16 +307,16 @@ def test_two_runs_at_once_get_two_folders(few: Path, tmp_path: Path, monkeypatch
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_the_partition_can_be_dealt_again(run: Path, summary: dict[str, Any], tmp_path: Path) -> None:
+def test_the_partition_file_gives_the_same_run(run: Path, summary: dict[str, Any], tmp_path: Path) -> None:
     """From its file alone."""
     again = tmp_path / "again"
     command = f"train --rounds {ROUNDS} --batch-size 64 --xi 1e-3 --quiet --partition".split()
     assert _main(*command, run / "partition.json", "--out", again) == (0, "", "")
     assert (again / "partition.json").read_text() == (run / "partition.json").read_text()
     assert (again / "adapters/server.safetensors").read_bytes() == (run / "adapters/server.safetensors").read_bytes()
-    told = json.loads((again / "summary.json").read_text())
+    result = json.loads((again / "summary.json").read_text())
     for name in ("clients", "beta", "partition", "partition_seed", "per_client", "accuracy_last"):
-        assert told[name] == summary[name], name
+        assert result[name] == summary[name], name
 
 
 def test_equal_configs_give_equal_bits(
@@ -340,9 +342,9 @@ def test_python_is_the_command_line(run: Path, summary: dict[str, Any], tmp_path
     config = fastdlp.TrainConfig(
         clients=CLIENTS, beta=0.5, rounds=ROUNDS, batch_size=64, xi=1e-3, out=str(tmp_path / "run")
     )
-    told = fastdlp.train(config, callbacks=callbacks)
-    assert _settled(told) == _settled(summary)
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == told
+    result = fastdlp.train(config, callbacks=callbacks)
+    assert _settled(result) == _settled(summary)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == result
     path, federation, zero_shot, finished = next(item for item in seen if isinstance(item, tuple))
     assert (path, zero_shot, finished) == (tmp_path / "run", summary["zero_shot"], 0)
     assert isinstance(federation, Federation)

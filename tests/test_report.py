@@ -145,7 +145,7 @@ def test_equal_runs_give_equal_bytes(three: list[Path], tmp_path: Path) -> None:
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
 
 
-def test_the_table_holds_the_runs_figures(three: list[Path], tmp_path: Path) -> None:
+def test_the_table_holds_the_runs_metrics(three: list[Path], tmp_path: Path) -> None:
     page = Page(write_report(three, tmp_path / "out")[0].read_text())
     head = page.rows[0]
     for path, row in zip(three, page.rows[1:4]):
@@ -179,7 +179,7 @@ def test_the_table_holds_the_runs_figures(three: list[Path], tmp_path: Path) -> 
     assert "zero-shot accuracy 0.2500" in page.text
 
 
-def test_the_curves_hold_the_runs_figures(three: list[Path]) -> None:
+def test_the_curves_hold_the_runs_metrics(three: list[Path]) -> None:
     from matplotlib.figure import Figure
 
     series = group_seeds(read_runs(three))
@@ -195,7 +195,7 @@ def test_the_curves_hold_the_runs_figures(three: list[Path]) -> None:
     assert drawn(np.mean([run.accuracy for run in seeds], axis=0))
     assert all(drawn([run.best[1]]) and drawn([run.accuracy[-1]]) and drawn([run.accuracy[0]]) for run in seeds)
     assert np.array_equal(flora.exchanged, np.array([1, 2, 3]) * 3 * 2 * BYTES)
-    lowest, highest = flora.spread("min"), flora.spread("max")
+    lowest, highest = flora.over_clients("min"), flora.over_clients("max")
     assert np.array_equal(lowest, np.nanmin(flora.per_client, axis=1))
     assert np.array_equal(highest, np.nanmax(flora.per_client, axis=1))
     assert np.isnan(flora.losses["kd_local"][0])
@@ -213,7 +213,7 @@ def test_the_maps_hold_the_counts(three: list[Path], monkeypatch: pytest.MonkeyP
     assert np.allclose(classes.collections[0].get_array(), held)
     assert [label.get_text() for label in gates.get_yticklabels()] == PARTS
     shares = np.mean([[run.gates[part] for part in PARTS] for run in series.runs], axis=0)
-    assert np.allclose(gates.collections[0].get_array(), shares)
+    assert np.allclose(gates.collections[0].get_array(), shares.ravel())
 
 
 def test_the_lowest_clients_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +229,11 @@ def test_the_lowest_clients_are_marked(tmp_path: Path, monkeypatch: pytest.Monke
     assert [bar.get_height() for bar in samples.patches] == [10, 0, 4, 9]
 
 
-def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
+def test_what_was_not_recorded_is_named(tmp_path: Path) -> None:
     old = make_run(tmp_path / "old", method="flora", gated=False, recorded=False)
     page = Page(write_report([old], tmp_path / "out")[0].read_text())
-    assert "recorded no figures by class" in page.text
-    assert "No run here is of a method with a gate." in page.text
+    assert "did not record accuracy by class" in page.text
+    assert "None of these runs is of a method with gates." in page.text
     assert "chosen on validation (round)" not in page.rows[0]
 
 
@@ -247,7 +247,7 @@ def test_an_unfinished_run_is_marked_and_left_alone(tmp_path: Path) -> None:
     page = Page(write_report([run, make_run(tmp_path / "other")], tmp_path / "out")[0].read_text())
     assert page.rows[1][5] == "3 of 20, unfinished"
     assert page.rows[1][page.rows[0].index("parameters uploaded")] == "–"
-    assert "figures by class are recorded when a run ends" in page.text
+    assert "accuracy by class is recorded when a run ends" in page.text
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -279,7 +279,7 @@ def test_series_are_told_apart_by_what_differs(tmp_path: Path) -> None:
 def test_names_are_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<script>alert(1)</script> & $x$", dataset="folder:/data/<b>pets")
     page = Page(write_report([run], tmp_path / "out")[0].read_text())
-    assert page.rows[1][0] == "script> & $x$"  # what stands behind the last slash
+    assert page.rows[1][0] == "script> & $x$"  # the part after the last slash
     assert "folder:/data/<b>pets" in page.text
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
 
@@ -314,8 +314,8 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
     ({"model": "ViT-B-32"}, "--model is glyph-clip and ViT-B-32"),
     ({"pretrained": "x"}, "--pretrained is – and x"),
     ({"test_fraction": 0.5}, "--test-fraction is 0.25 and 0.5"),
-    ({"n": (10, 1, 4)}, "different samples"),
-    ({"partition_seed": 1}, "different samples"),
+    ({"n": (10, 1, 4)}, "assigns different samples"),
+    ({"partition_seed": 1}, "assigns different samples"),
     ({"partition_seed": 1, "beta": 0.2}, "--beta is 0.1 and 0.2"),
 ]
 
@@ -362,20 +362,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda run: (run / "metrics.jsonl").write_text("{}\nx\n"), "metrics.jsonl is damaged in line 1"),
     "a key less": (_line(lambda line: line.pop("accuracy")), "damaged in line 2: lacks 'accuracy'"),
     "another round": (_line(lambda line: line.update(round=7)), "damaged in line 2: it is of round 7"),
-    "NaN": (_line(lambda line: line.update(accuracy=float("nan"))), "damaged in line 2: nan is no finite number"),
-    "text": (_line(lambda line: line.update(accuracy="1")), "damaged in line 2: '1' is no finite number"),
-    "above one": (_line(lambda line: line.update(accuracy=1.5)), "damaged in line 2: 1.5 is no share"),
+    "NaN": (_line(lambda line: line.update(accuracy=float("nan"))), "damaged in line 2: nan is not a finite number"),
+    "text": (_line(lambda line: line.update(accuracy="1")), "damaged in line 2: '1' is not a finite number"),
+    "above one": (_line(lambda line: line.update(accuracy=1.5)), "damaged in line 2: 1.5 is not a fraction"),
     "a client less": (_line(lambda line: line["clients"].pop()), "damaged in line 2: its clients"),
     "too many": (_line(lambda line: line["clients"][0].update(correct=11)), "damaged in line 2: more correct"),
     "a list": (_line(lambda line: line.update(losses=[])), "damaged in line 2"),
-    "cut off": (lambda run: (run / "metrics.jsonl").unlink(), "holds 0 rounds and summary.json tells of 3"),
+    "cut off": (lambda run: (run / "metrics.jsonl").unlink(), "holds 0 rounds and the run has 3"),
     "no round": (
         lambda run: [(run / name).unlink() for name in ("metrics.jsonl", "summary.json")],
         "has not finished a round",
     ),
     "no partition": (lambda run: (run / "partition.json").unlink(), "cannot read the partition file"),
     "a list as partition": (lambda run: (run / "partition.json").write_text("[]"), "is not a partition file"),
-    "a bad summary": (_summary(zero_shot=None), "summary.json is damaged: None is no finite number"),
+    "a bad summary": (_summary(zero_shot=None), "summary.json is damaged: None is not a finite number"),
     "classes": (_summary(per_class={"class_names": ["a"], "correct": [[1]], "n": [[1]]}), "one count per client"),
     "a torn checkpoint": (lambda run: (run / "checkpoint.safetensors").write_text("x"), "checkpoint.safetensors"),
     "a config of old": (lambda run: (run / "config.json").write_text('{"x": 1}'), "config.json"),
@@ -383,7 +383,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_in_one_line(tmp_path: Path, damage: str) -> None:
+def test_damage_is_reported_in_one_line(tmp_path: Path, damage: str) -> None:
     run = make_run(tmp_path / "run")
     change, message = DAMAGE[damage]
     change(run)

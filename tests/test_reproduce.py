@@ -23,7 +23,7 @@ from fastdlp.report.paper.tables import AVERAGE, DATASETS, PARAMETERS, PUBLISHED
 
 CLI = Callable[..., tuple[int, str, str]]
 Accuracies = Callable[[Cell, int], Sequence[float]]
-FIGURES = [f"{figure}{which}" for figure in ("", "std_", "lowest_") for which in ("last", "best")]
+METRICS = [f"{metric}{which}" for metric in ("", "std_", "lowest_") for which in ("last", "best")]
 HEADER = 3_000  # bytes of a message that are not parameters
 
 
@@ -81,11 +81,11 @@ def reproduced(tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> Cal
     return call
 
 
-def test_every_published_figure_is_in_one_table() -> None:
+def test_every_published_result_is_in_one_table() -> None:
     def leaves(value: Any) -> int:
         return sum(map(leaves, value.values())) if isinstance(value, dict) else 1
 
-    figures = json.loads(PUBLISHED.read_text())
+    results = json.loads(PUBLISHED.read_text())
     cells = {
         (name, Cell(encoder, beta, method, dataset))
         for name, table in TABLES.items()
@@ -95,11 +95,11 @@ def test_every_published_figure_is_in_one_table() -> None:
         for method in table.methods
         for dataset in ((*DATASETS, AVERAGE) if table.kind == "accuracy" else DATASETS)
     }
-    held = {kind: [published(TABLES[n], c) for n, c in cells if TABLES[n].kind == kind] for kind in figures}
+    held = {kind: [published(TABLES[n], c) for n, c in cells if TABLES[n].kind == kind] for kind in results}
     for kind in ("accuracy", "clients", "ablation"):
-        assert sum(map(len, held[kind])) == leaves(figures[kind])
+        assert sum(map(len, held[kind])) == leaves(results[kind])
     targets = 2 * len(DATASETS) * 2
-    assert len(held["communication"]) == leaves(figures["communication"]) - targets == 40
+    assert len(held["communication"]) == leaves(results["communication"]) - targets == 40
 
 
 def test_the_published_megabytes_are_whole_rounds() -> None:
@@ -108,9 +108,9 @@ def test_the_published_megabytes_are_whole_rounds() -> None:
         table = TABLES[name]
         (encoder,) = table.encoders
         for cell in (Cell(encoder, b, m, d) for b in table.betas for m in table.methods for d in DATASETS):
-            figures = published(table, cell)
-            if abs(paper_mb(int(figures["rounds"]), PARAMETERS[encoder]) - figures["mb"]) > 0.00501:
-                wrong.append((cell, figures["mb"], figures["rounds"]))
+            results = published(table, cell)
+            if abs(paper_mb(int(results["rounds"]), PARAMETERS[encoder]) - results["mb"]) > 0.00501:
+                wrong.append((cell, results["mb"], results["rounds"]))
     assert wrong == [(Cell("text", 0.01, "feddat", "pets"), 20.48, 12)]  # 12 rounds are 20.45
     assert f"{paper_mb(12, PARAMETERS['text']):.2f}" == "20.45"
     assert f"{paper_mb(6, PARAMETERS['image']):.2f}" == "15.30"
@@ -141,11 +141,11 @@ def test_the_papers_setting_is_the_default(tmp_path: Path) -> None:
         ("ViT-B-32-quickgelu", "openai", 100, 0.1, 10, "last", 0)
     }
     assert {config.seed for config in configs} == {0, 1, 42}
-    rehearsal = make_plan("table5", tmp_path, datasets=["digits"])
-    assert {(c.model, c.pretrained, c.rounds, c.lr) for c in (resolve(c) for c in rehearsal.configs())} == {
+    smoke = make_plan("table5", tmp_path, datasets=["digits"])
+    assert {(c.model, c.pretrained, c.rounds, c.lr) for c in (resolve(c) for c in smoke.configs())} == {
         ("glyph-clip", None, 20, 1e-3)
     }
-    assert rehearsal.target == 0.95
+    assert smoke.target == 0.95
 
 
 def test_tables_share_runs(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_accuracy(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]
     assert len(rows) == 2 * 5 * 5
     row = next(r for r in rows if (r["encoder"], r["dataset"], r["method"]) == ("image", "dtd", "feddlp"))
     last = [100 * _accuracies(Cell("image", 0.1, "feddlp", "dtd"), seed)[-1] for seed in (0, 1, 42)]
-    figures = {name: float(row[name]) for name in list(row)[4:]}
-    assert figures == pytest.approx(
+    results = {name: float(row[name]) for name in list(row)[4:]}
+    assert results == pytest.approx(
         {
             "seeds": 3,
             "last": fmean(last),
@@ -197,7 +197,7 @@ def test_accuracy(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]
     assert "| last round * | best round | paper | difference |" in page
     assert "partition seed 0 for all" in page
     assert "3 rounds" in page
-    assert "The paper's setting is another: ViT-B-32-quickgelu (openai), 100 rounds." in page
+    assert "The paper's setting differs: ViT-B-32-quickgelu (openai), 100 rounds." in page
 
     few = reproduced("table1", "--dataset", "pets", "--dataset", "dtd", "--method", "flora", "--seed", "1")
     assert [(r["encoder"], r["dataset"], r["method"], r["seeds"]) for r in few] == [
@@ -251,7 +251,7 @@ def test_communication(tmp_path: Path, reproduced: Callable[..., list[dict[str, 
     }
 
 
-def test_a_rehearsal_takes_no_differences(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
+def test_a_smoke_run_has_no_differences(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
     for table in ("table2", "table3", "table5", "table8"):
         plan = make_plan(table, tmp_path / "runs" / table, rounds=3, datasets=["digits"], seeds=[0])
         _write_all(plan, lambda cell, seed: [0.9, 0.96, 0.94])
@@ -260,11 +260,11 @@ def test_a_rehearsal_takes_no_differences(tmp_path: Path, reproduced: Callable[.
         assert {row["dataset"] for row in rows if row["seeds"] == "0"} >= set(DATASETS)
         assert {value for row in rows for name, value in row.items() if "difference" in name} == {""}
         for row in rows:
-            ours = [value for name, value in row.items() if name in ("mb", *FIGURES)]
+            ours = [value for name, value in row.items() if name in ("mb", *METRICS)]
             paper = [value for name, value in row.items() if "paper" in name and name != "paper_std"]
             assert all(ours) == (row["dataset"] == "digits") == (not any(paper)), row
         page = (tmp_path / f"reproduce/{table}/{table}.md").read_text()
-        assert "rehearsal on digits: the paper's figures are of other data" in page
+        assert "smoke run on digits: the paper's results are for other data" in page
     assert {row["target"] for row in _rows(tmp_path / "reproduce/table5", "table5")} == {"95", ""}
 
 
@@ -316,8 +316,8 @@ def test_missing_runs(tmp_path: Path, cli: CLI, reproduced: Callable[..., list[d
     for seed in plan.seeds:
         for path in (runs / f"aircraft-combined-text-beta0.1-seed{seed}").iterdir():
             path.unlink()
-    words = ("reproduce", "table7", "--encoder", "text", "--rounds", 3, "--no-run")
-    code, out, err = cli(*words)
+    arguments = ("reproduce", "table7", "--encoder", "text", "--rounds", 3, "--no-run")
+    code, out, err = cli(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "5 missing runs of 24" in err
     assert "--partial" in err
@@ -375,12 +375,12 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("file", "content", "word"), [(f, *case) for f, cases in DAMAGE.items() for case in cases])
 def test_damaged_runs_are_refused(file: str, content: str, word: str, tmp_path: Path, cli: CLI) -> None:
-    words = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
+    arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
     (config,) = make_plan("table7", tmp_path / "runs", encoders=["text"], rounds=1, seeds=[0], methods=["feddlp"],
                           datasets=["pets"]).configs()  # fmt: skip
     _write_run(config, [0.5])
     (Path(str(config.out)) / file).write_text(content)
-    code, out, err = cli("reproduce", "table7", *words, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
+    code, out, err = cli("reproduce", "table7", *arguments, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert word in err
     assert str(config.out) in err
@@ -403,8 +403,8 @@ def test_a_run_of_other_options_is_refused(option: dict[str, Any], word: str, tm
                      datasets=["pets"])  # fmt: skip
     (config,) = plan.configs()
     _write_run(replace(config, **option), [0.5] * (option.get("rounds") or 1))
-    words = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
-    code, out, err = cli("reproduce", "table7", *words, "--runs", tmp_path / "runs")
+    arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
+    code, out, err = cli("reproduce", "table7", *arguments, "--runs", tmp_path / "runs")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert word in err
     assert "name another --runs" in err
@@ -446,8 +446,8 @@ BAD = {
     "table1 --runs run": ["--runs run", "a run itself"],
     "table1 --out file --no-run --partial": ["--out file", "not a folder"],
     "table1 --runs other --seed 0": ["other/pets-local-text-beta0.1-seed0", "not a run folder", "--runs"],
-    "table1 folder": ["table1 takes no run folder"],
-    "ledger": ["ledger needs a run"],
+    "table1 folder": ["unexpected extra argument", "folder"],
+    "ledger": ["Missing argument", "RUN"],
     "ledger other": ["other", "is not a run folder"],
     "ledger run": ["run has not ended"],
     "ledger run --target 88": ["--target is 88"],

@@ -1,4 +1,4 @@
-"""`fastdlp reproduce` that runs: what is finished is taken, what was begun is resumed, whatever runs it."""
+"""`fastdlp reproduce` with training: finished runs are kept, others are resumed, with one job or several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.report.paper.plan import make_plan
-from fastdlp.report.paper.run import Interrupted, Watch, _options, complete, missing
+from fastdlp.report.paper.run import Interrupted, PlanCallbacks, _options, complete, missing
 from fastdlp.run.train import Callbacks, Stopped, resume, train
 
 CLI = Callable[..., tuple[int, str, str]]
@@ -30,9 +30,9 @@ def _configs(runs: Path, *methods: str, **options: Any) -> list[TrainConfig]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of local and flora, made one by one."""
+    """The runs of local and flora, one by one."""
     runs = tmp_path_factory.mktemp("reproduce") / "runs"
-    complete(_configs(runs, "local", "flora"), 1, [], Watch())
+    complete(_configs(runs, "local", "flora"), 1, [], PlanCallbacks())
     return runs
 
 
@@ -79,7 +79,7 @@ def test_jobs_make_the_same_runs(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(configs[0], callbacks=Callbacks(should_stop=lambda: True))
     ended: list[str] = []
-    complete(configs, 2, ["cpu"], Watch(ended=ended.append))
+    complete(configs, 2, ["cpu"], PlanCallbacks(finished=ended.append))
     assert sorted(ended) == ["digits-flora-text-beta0.1-seed0", "digits-local-text-beta0.1-seed0"]
     assert missing(configs) == []
     for config in configs:
@@ -97,9 +97,9 @@ def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
     configs = [replace(config, rounds=99) for config in _configs(tmp_path / "runs", "local", "flora", "feddlp")]
     first = tmp_path / "runs/digits-local-text-beta0.1-seed0"
     begun: list[str] = []
-    watch = Watch(begun=begun.append, should_stop=(first / "metrics.jsonl").exists)
+    callbacks = PlanCallbacks(started=begun.append, should_stop=(first / "metrics.jsonl").exists)
     with pytest.raises(Interrupted):
-        complete(configs, jobs, [], watch)
+        complete(configs, jobs, [], callbacks)
     assert missing(configs) == configs
     assert len(begun) == jobs
     lines = len((first / "metrics.jsonl").read_text().splitlines())
@@ -152,6 +152,6 @@ def test_a_data_set_is_fetched_before_the_processes_begin(tmp_path: Path, monkey
     monkeypatch.setattr("fastdlp.data.registry.load_source", fetch)
     configs = make_plan("table1", tmp_path / "runs", ["pets", "dtd"], methods=["flora"], download=True).configs()
     with pytest.raises(FastdlpError, match="no more"):
-        complete(configs, 2, [], Watch())
+        complete(configs, 2, [], PlanCallbacks())
     assert fetched == [("pets", None), ("dtd", None)]
     assert not (tmp_path / "runs").exists()

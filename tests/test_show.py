@@ -18,7 +18,7 @@ from fastdlp.data.partition import Partition, counts, make_partition
 from fastdlp.data.partition_file import partition_of
 from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
-from fastdlp.report.partition import _draw_bars, _draw_grid, partition_figure, partition_table
+from fastdlp.report.partition import _draw, partition_figure, partition_table
 from tests.conftest import CLI
 
 LABELS = np.arange(90) % 3
@@ -67,18 +67,15 @@ def test_a_wide_table_names_the_largest_classes() -> None:
 
 
 def test_the_map_and_the_bars_hold_the_counts() -> None:
-    from matplotlib.figure import Figure
-
     partition = _partition()
     cells = counts(partition, LABELS)
-    grid, bars = Figure().subplots(1, 2)
-    _draw_grid(grid, cells.sum(axis=2), NAMES, numbers=True)
-    _draw_bars(bars, cells.sum(axis=1))
+    grid, bars = _draw(partition, LABELS, NAMES).axes
     shown = np.zeros((4, 3), int)
     for text in grid.texts:
         column, row = text.get_position()
         shown[int(row), int(column)] = int(text.get_text())
     assert np.array_equal(shown, cells.sum(axis=2))
+    assert np.array_equal(grid.collections[0].get_array(), cells.sum(axis=2).ravel())
     assert [label.get_text() for label in grid.get_xticklabels()] == NAMES
     assert [int(text.get_text()) for text in bars.texts] == cells.sum(axis=(1, 2)).tolist()
     assert [patch.get_width() for patch in bars.patches] == cells.sum(axis=1).T.ravel().tolist()
@@ -107,13 +104,13 @@ def test_formats(tmp_path: Path) -> None:
         partition_figure(tmp_path / "file" / "p.png", _partition(), LABELS, NAMES)
 
 
-def test_unused_samples_and_other_schemes_are_told() -> None:
+def test_unused_samples_and_other_schemes_are_shown() -> None:
     part = _partition()
     part = Partition(part.train[:2], part.test[:2], "file", None, None, 0, 0.25)
     used = sum(map(len, part.train + part.test))
     assert f"{used} of 90 samples · 2 clients · file" in _text(partition_table(part, LABELS, NAMES))
-    dealt = make_partition(LABELS, 3, "pathological", classes_per_client=1)
-    assert "1 classes per client" in _text(partition_table(dealt, LABELS, NAMES))
+    pathological = make_partition(LABELS, 3, "pathological", classes_per_client=1)
+    assert "1 classes per client" in _text(partition_table(pathological, LABELS, NAMES))
 
 
 def test_data_show_counts_the_partition_of_a_run(cli: CLI) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import fastdlp
 from fastdlp.run.folder import RunFolder
 from fastdlp.run.setup import prepare_together
-from fastdlp.run.sweep import FIGURES, Grid, resume_sweep, summarise_sweep, sweep
+from fastdlp.run.sweep import METRICS, Grid, resume_sweep, summarise_sweep, sweep
 from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
@@ -98,8 +98,8 @@ def test_a_folder_for_every_member_and_a_summary(whole: tuple[Path, dict[str, An
     assert all(setting["seeds"] == [0, 7] for setting in summary["settings"])
     for member in summary["members"]:
         own = json.loads((path / member["name"] / "summary.json").read_text())
-        for figure in ("zero_shot", "accuracy_last", "accuracy_best_test", "accuracy_chosen", "accuracy_val_chosen"):
-            assert member[figure] == own[figure]
+        for metric in ("zero_shot", "accuracy_last", "accuracy_best_test", "accuracy_chosen", "accuracy_val_chosen"):
+            assert member[metric] == own[metric]
         for option in ("lr", "alpha", "seed"):
             assert member[option] == own["config"][option]
         assert own["config"]["gate_lr"] == own["config"]["lr"]
@@ -195,13 +195,13 @@ def test_validation_picks_the_setting_of_the_highest_mean(whole: tuple[Path, dic
 
 
 def test_validation_picks_and_not_test() -> None:
-    """One setting is better on every figure of test, the other on validation."""
+    """One setting is better in every metric on test, the other on validation."""
     members, summaries = {}, {}
     for lr, test, val in ((1e-3, 0.9, 0.5), (2e-3, 0.6, 0.7)):
         for seed, more in ((0, 0.0), (1, 0.05)):
             name = f"lr{lr}-seed{seed}"
             members[name] = SimpleNamespace(config=fastdlp.TrainConfig(lr=lr, seed=seed))
-            summaries[name] = dict.fromkeys(FIGURES, test + more) | {"accuracy_val_chosen": val + more}
+            summaries[name] = dict.fromkeys(METRICS, test + more) | {"accuracy_val_chosen": val + more}
     picked = summarise_sweep(members, summaries, {})["picked_on_validation"]  # type: ignore[arg-type]
     assert (picked["lr"], picked["seeds"]) == (2e-3, [0, 1])
     assert picked["accuracy_val_chosen"] == pytest.approx(0.725)
@@ -218,7 +218,7 @@ def test_without_validation_nothing_is_picked(few: Path, tmp_path: Path) -> None
     assert all(row["accuracy_last"] is not None for row in summary["members"] + summary["settings"])
 
 
-BAD = "lr1e+30-alpha0.1-seed0"  # of a learning rate that no loss outlives
+BAD = "lr1e+30-alpha0.1-seed0"  # a learning rate with which every loss diverges
 GOOD = "lr0.001-alpha0.1-seed0"
 
 
@@ -256,7 +256,7 @@ def test_one_that_diverges_is_named(diverged: tuple[Path, dict[str, Any]]) -> No
 
 
 def test_a_setting_with_a_diverged_seed_has_no_mean(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One seed of a setting diverges: the other's figures are not the setting's."""
+    """One seed of a setting diverges: the other's metrics are not the setting's."""
     from fastdlp.run import recorder
 
     honest = recorder.Recorder.failure

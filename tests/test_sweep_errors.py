@@ -71,7 +71,7 @@ SECOND = "lr0.002-alpha0.1-seed0"
         (("--method", "fedvmlc"), "--method fedvmlc trains all weights of one copy: it cannot sweep"),
         (("--method", "fedlc", "--encoder", "text"), "--method fedlc supports --encoder image only"),
         (("--method", "sgd"), "unknown --method 'sgd': choose from feddlp"),
-        (("--trace",), "--trace does not go with a sweep"),
+        (("--trace",), "--trace is not supported in a sweep"),
         (("--pretrained", "none", "--seed", 0, "--seed", 1), "--pretrained none draws the weights from --seed"),
         (("--report", "validation"), "--report validation needs validation samples"),
         (("--clients", 4), "leave out --clients"),
@@ -148,7 +148,7 @@ def test_resume_takes_no_other_option(options: tuple[object, ...], refused: Refu
 
 def test_resume_of_what_is_no_sweep(refused: Refused, stopped: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere", stopped / FIRST):
-        assert "is not a sweep: name the folder that fastdlp sweep made" in refused("--resume", place)
+        assert "is not a sweep: name a folder that fastdlp sweep wrote" in refused("--resume", place)
     assert list(tmp_path.iterdir()) == []
 
 

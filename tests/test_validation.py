@@ -1,4 +1,4 @@
-"""Runs with validation samples and few shots: what is recorded, what is reported, and what a continued run reads."""
+"""Runs with validation samples and few shots: recorded and reported metrics, and resuming."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def reported(
     yield request.param, run
 
 
-def test_three_figures_always_apart(reported: tuple[str, Path]) -> None:
+def test_three_accuracies_are_always_separate(reported: tuple[str, Path]) -> None:
     """Of the first round of the highest accuracy, each computed from the counts in metrics.jsonl."""
     report, run = reported
     summary, lines = json.loads((run / "summary.json").read_text()), _lines(run)
@@ -80,11 +80,11 @@ def test_the_report_decides_no_number(reported: tuple[str, Path], last: Path) ->
 
 
 def test_validation_takes_from_training_alone(few: Path, last: Path) -> None:
-    dealt = json.loads(few.read_text())["clients"]
+    given = json.loads(few.read_text())["clients"]
     record = json.loads((last / "partition.json").read_text())["clients"]
     for client, samples in record.items():
-        assert samples["test"] == dealt[client]["test"]
-        assert sorted(samples["train"] + samples["val"]) == dealt[client]["train"]
+        assert samples["test"] == given[client]["test"]
+        assert sorted(samples["train"] + samples["val"]) == given[client]["train"]
     assert [len(samples["val"]) for samples in record.values()] == [4, 2, 2]  # 0.4 of 12, 7 and 5, rounded down
     summary = json.loads((last / "summary.json").read_text())
     assert [client["n_train"] for client in summary["per_client"]] == [8, 5, 3]
@@ -102,7 +102,7 @@ def test_without_validation_none_is_chosen(few: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn_no_more(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, nothing may be held out, dealt or drawn: a continued run reads its own record."""
+    """After its call, drawing a partition, validation samples or shots fails: a resumed run reads its own record."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("drawn again")
@@ -139,16 +139,16 @@ def test_few_shots_are_recorded(few: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run" / "partition.json").read_text())["clients"]
     train = [sample for samples in record.values() for sample in samples["train"]]
     assert sum(client["n_train"] for client in summary["per_client"]) == len(train)
-    dealt = json.loads(few.read_text())["clients"]
-    assert all(samples["test"] == dealt[client]["test"] for client, samples in record.items())
+    given = json.loads(few.read_text())["clients"]
+    assert all(samples["test"] == given[client]["test"] for client, samples in record.items())
     labels = load_source("digits", None, False)
     classes = [int(labels.labels[labels.ids.index(sample)]) for sample in train]
-    everyone = [int(labels.labels[labels.ids.index(s)]) for samples in dealt.values() for s in samples["train"]]
+    everyone = [int(labels.labels[labels.ids.index(s)]) for samples in given.values() for s in samples["train"]]
     assert sorted(classes) == sorted(set(everyone))  # one of each class that anybody trains on
 
 
 def test_a_recorded_partition_serves_another_run(few: Path, last: Path, tmp_path: Path) -> None:
-    """--partition RUN/partition.json: who holds what, validation included, without a further option."""
+    """--partition RUN/partition.json: the assignment of samples, validation included, without further options."""
     summary = _run(last / "partition.json", tmp_path / "run", val_fraction=0.0)
     before = json.loads((last / "summary.json").read_text())
     for name in ("accuracy_last", "accuracy_chosen", "round_chosen", "accuracy_val_chosen"):

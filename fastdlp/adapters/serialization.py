@@ -1,7 +1,7 @@
-"""Adapters as safetensors: the message between client and server, and the files of a run. fp32, nothing executable.
+"""Adapters as safetensors: the messages between clients and server, and the files of a run. Tensors are fp32.
 
 Names are `{branch}/{site part}/{A|B|gate}`, for example `global/0.q/A` [r, K], `global/0.q/B` [N, r] and
-`local/proj/gate` [r]. The bytes that a run's ledger counts are the length of `pack`'s result.
+`local/proj/gate` [r]. The bytes that a run records as sent and received are the length of `pack`'s result.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fastdlp.files import write_atomic
 
 
 def client_tensors(bank: AdapterBank, slot: int) -> dict[str, Tensor]:
-    """Everything that one client trains, by name."""
+    """All tensors that one client trains, by name."""
     return {f"{branch}/{name}": t for branch in bank.trained for name, t in bank.named(branch, slot).items()}
 
 
 def shared_tensors(bank: AdapterBank, server: Mapping[str, Tensor], federation: int = 0) -> dict[str, Tensor]:
-    """The server's adapters of one federation, by name; empty where a method exchanges nothing."""
+    """The server's adapters of one federation, by name; empty if the method exchanges nothing."""
     return {
         f"{branch}/{name}": t
         for branch, rows in server.items()
@@ -36,12 +36,12 @@ def shared_tensors(bank: AdapterBank, server: Mapping[str, Tensor], federation: 
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Serialise named tensors as one safetensors message; b"" for none."""
+    """Serialize named tensors as one safetensors message; b"" for none."""
     return safetensors.torch.save(dict(tensors), metadata) if tensors else b""
 
 
 def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
-    """The length of `pack`'s result for one copy of these branches, without making it; 0 for none."""
+    """The length of `pack`'s result for these branches, computed without serializing; 0 for none."""
     shapes = {
         f"{branch}/{name}": entry.shape
         for branch in shared
@@ -51,18 +51,17 @@ def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
     if not shapes:
         return 0
     header: dict[str, Any] = {}
-    at = 0
+    start = end = 0
     for name, shape in sorted(shapes.items()):
-        end = at + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
-        at = end
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + at  # the header's length, the header filled up to whole words, the data
+    return 8 + -(-length // 8) * 8 + end  # the header's length, the header padded to a multiple of 8 bytes, the data
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all. Raises FastdlpError where the disk refuses."""
-    # One key: safetensors writes several in any order, and equal runs shall leave equal files.
+    """Write a safetensors file atomically. Raises FastdlpError where the disk refuses."""
+    # One metadata key: safetensors writes several in an arbitrary order, and equal runs must give equal files.
     write_atomic(path, safetensors.torch.save(dict(tensors), {"fastdlp": json.dumps(metadata, sort_keys=True)}))
 
 
@@ -76,7 +75,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("fastdlp", "{}"))
             if not isinstance(metadata, dict):
-                raise ValueError("its metadata are no object")
+                raise ValueError("its metadata is not an object")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError:
         raise FastdlpError(f"{path} is missing") from None
@@ -85,7 +84,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_client(bank: AdapterBank, slot: int, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put what `client_tensors` gave back into a slot. Raises FastdlpError for adapters of another shape."""
+    """Load the result of `client_tensors` into a slot. Raises FastdlpError for adapters of another shape."""
     by_branch: dict[str, dict[str, Tensor]] = {branch: {} for branch in bank.trained}
     for name, tensor in tensors.items():
         branch, _, rest = name.partition("/")

@@ -20,7 +20,7 @@ from fastdlp.export.trained import finished_run, load_trained
 from fastdlp.methods.flora import FLoRA
 from fastdlp.run.folder import PARTITION, RunFolder
 from fastdlp.run.loop import Callbacks
-from fastdlp.run.metrics import accuracy_figures, per_client_figures
+from fastdlp.run.metrics import accuracy_metrics, per_client_metrics
 from fastdlp.run.recorder import zero_shot_accuracy
 from fastdlp.run.setup import Federation, prepare
 
@@ -59,7 +59,7 @@ def evaluate(
         federation = prepare(config, callbacks.preparing, folder.path / PARTITION)
         _load_adapters(folder, summary, federation)
     correct, total = federation.engine.score()
-    accuracy, clients = accuracy_figures(correct, total)
+    accuracy, clients = accuracy_metrics(correct, total)
     return (
         {
             "run": str(run),
@@ -68,7 +68,7 @@ def evaluate(
             "zero_shot": zero_shot_accuracy(federation),
         }
         | clients
-        | {"per_client": per_client_figures(federation, correct, total)}
+        | {"per_client": per_client_metrics(federation, correct, total)}
     )
 
 

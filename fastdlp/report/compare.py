@@ -1,4 +1,4 @@
-"""Whether runs can be compared, which of them are seeds of one another, and in what they differ."""
+"""Which runs can be compared, which of them differ in their seed only, and in which options the others differ."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from fastdlp.config import NOT_IN_NUMBERS
 from fastdlp.errors import FastdlpError
 from fastdlp.report.read import Run
 
-# Accuracies can be compared between runs that agree in these, and in who holds which samples.
-_SAME = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
-_DEALING = ("partition", "clients", "beta", "classes_per_client", "partition_seed", "empty_clients", "shots")
-# What may differ between seeds of one experiment.
-_NO_EXPERIMENT = NOT_IN_NUMBERS | {"seed", "trace", "device", "backend", "micro_batch", "cuda_graph", *_DEALING}
-_IN_TABLE = {"method", "encoder", "seed", "rounds", "beta"}  # columns of the table of runs
-_LONGEST = 60
+# Accuracies can be compared between runs with equal values of these and an equal assignment of samples to clients.
+_TASK_OPTIONS = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
+_PARTITION_OPTIONS = ("partition", "clients", "beta", "classes_per_client", "partition_seed", "empty_clients", "shots")
+# May differ between the seeds of one experiment.
+_MACHINE_OPTIONS = ("trace", "device", "backend", "micro_batch", "cuda_graph")
+_NOT_IN_EXPERIMENT = NOT_IN_NUMBERS | {"seed", *_MACHINE_OPTIONS, *_PARTITION_OPTIONS}
+_IN_RUNS_TABLE = {"method", "encoder", "seed", "rounds", "beta"}
+_MAX_LABEL = 60
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Runs that differ in their seed alone: one curve in a picture."""
+    """Runs that differ in their seed only: one curve in a picture."""
 
     label: str
     runs: list[Run]
@@ -36,7 +37,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Refuse runs whose accuracies are not of the same task on the same samples.
 
     Raises:
-        FastdlpError: names the first two runs that differ, and in what.
+        FastdlpError: names the first two runs that differ, and their difference.
     """
     for one, other in combinations(runs, 2):
         if difference := _difference(one, other):
@@ -46,68 +47,68 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def group_seeds(runs: Sequence[Run]) -> list[Series]:
-    """The runs by experiment, in the order of their first appearance, with labels that tell them apart."""
+    """The runs by experiment, in the order of their first appearance, with distinct labels."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(repr((run.finished, _experiment(run))), []).append(run)
-    found = list(groups.values())
-    firsts = [group[0] for group in found]
-    labels = [
-        _label(run, firsts) + ("" if run.finished or all(not r.finished for r in runs) else " · unfinished")
-        for run in firsts
+    firsts = [group[0] for group in groups.values()]
+    any_finished = any(run.finished for run in runs)
+    return [
+        Series(_label(group[0], firsts) + (" · unfinished" if any_finished and not group[0].finished else ""), group)
+        for group in groups.values()
     ]
-    return [Series(label, group) for label, group in zip(labels, found)]
 
 
 def differing_options(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
-    """Options that are not equal everywhere and no column of the table of runs: flag, and a value per series."""
-    runs = [run for one in series for run in one.runs]
+    """Options that differ between the runs and are not in the table of runs: flag, and a value per series."""
+    options = [[asdict(run.config) for run in one.runs] for one in series]
+    hidden = NOT_IN_NUMBERS | _IN_RUNS_TABLE
     return [
-        (_flag(name), [", ".join(dict.fromkeys(_shown(_options(run)[name]) for run in one.runs)) for one in series])
-        for name in _options(runs[0])
-        if name not in NOT_IN_NUMBERS | _IN_TABLE and len({repr(_options(run)[name]) for run in runs}) > 1
+        (_flag(name), [", ".join(dict.fromkeys(_shown(run[name]) for run in runs)) for runs in options])
+        for name in options[0][0]
+        if name not in hidden and len({repr(run[name]) for runs in options for run in runs}) > 1
     ]
 
 
 def _difference(one: Run, other: Run) -> str:
-    """In words, what keeps two runs from being compared; "" if nothing does."""
-    ours, theirs = _options(one), _options(other)
-    for name in _SAME:
-        if ours.get(name) != theirs.get(name):
-            return f"{_flag(name)} is {_shown(ours.get(name))} and {_shown(theirs.get(name))}"
+    """Why two runs cannot be compared; "" if they can."""
+    if text := _differing(one, other, _TASK_OPTIONS):
+        return text
     for what, known in (("data set", (one.data, other.data)), ("frozen weights", (one.weights, other.weights))):
         if all(known) and known[0] != known[1]:
             return f"their {what} differ, with fingerprints {known[0][:12]} and {known[1][:12]}"
-    if one.members != other.members:
-        for name in _DEALING:
-            if ours.get(name) != theirs.get(name):
-                return f"{_flag(name)} is {_shown(ours.get(name))} and {_shown(theirs.get(name))}"
-        return "their partition.json gives the clients different samples"
+    if one.assignment == other.assignment:
+        return ""
+    return _differing(one, other, _PARTITION_OPTIONS) or "their partition.json assigns different samples to the clients"
+
+
+def _differing(one: Run, other: Run, options: Sequence[str]) -> str:
+    """The first of the options in which two runs differ, with its values; "" if there is none."""
+    for name in options:
+        values = getattr(one.config, name), getattr(other.config, name)
+        if values[0] != values[1]:
+            return f"{_flag(name)} is {_shown(values[0])} and {_shown(values[1])}"
     return ""
 
 
-def _options(run: Run) -> dict[str, Any]:
-    return asdict(run.config)
-
-
 def _experiment(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in _options(run).items() if name not in _NO_EXPERIMENT}
+    return {name: value for name, value in asdict(run.config).items() if name not in _NOT_IN_EXPERIMENT}
 
 
 def _label(run: Run, firsts: Sequence[Run]) -> str:
-    """The method, and the fewest options that tell a run from the others of its method."""
-    rivals = [_experiment(other) for other in firsts if other.config.method == run.config.method]
+    """The method, and the fewest options that distinguish a run from the others of its method."""
+    others = [_experiment(other) for other in firsts if other.config.method == run.config.method]
     own = _experiment(run)
     parts = [run.config.method]
     if len({other.config.encoder for other in firsts}) > 1:
         parts.append(run.config.encoder)
-        rivals = [other for other in rivals if other["encoder"] == own["encoder"]]
-    for name in sorted(own, key=lambda name: name != "protocol"):  # one word for ten options
-        if len({repr(other[name]) for other in rivals}) > 1:
+        others = [other for other in others if other["encoder"] == own["encoder"]]
+    for name in sorted(own, key=lambda name: name != "protocol"):  # first the one that stands for ten options
+        if len({repr(other[name]) for other in others}) > 1:
             parts.append(f"{name.replace('_', ' ')} {_shown(own[name])}")
-            rivals = [other for other in rivals if other[name] == own[name]]
+            others = [other for other in others if other[name] == own[name]]
     label = " · ".join(parts)
-    return label if len(label) <= _LONGEST else label[: _LONGEST - 1] + "…"
+    return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What happens over the rounds: accuracy, the clients' spread, bytes, losses."""
+"""Pictures over the rounds: accuracy, spread of the clients, bytes, losses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIB = 2**20
-_WIDE_RATIO = 30  # of the largest to the smallest value, from which an axis is logarithmic
+_LOG_RATIO = 30  # of the largest to the smallest value, from which an axis is logarithmic
 
 
 def accuracy_figure(series: Sequence[Series]) -> bytes:
-    """Accuracy by round of all runs; below it, a panel a series with the spread of its clients."""
+    """Accuracy by round of all runs; below it, a panel per series with the spread of its clients."""
     from matplotlib.figure import Figure
 
     rows = -(-len(series) // 4) if len(series) > 1 else 0
@@ -51,10 +51,9 @@ def accuracy_figure(series: Sequence[Series]) -> bytes:
 
 
 def exchange_figure(series: Sequence[Series]) -> bytes:
-    """Bytes exchanged so far against accuracy; a method that exchanges nothing is a level."""
+    """Accuracy against bytes exchanged so far; a method that exchanges nothing is a horizontal line."""
     figure, (axes,) = panels(1, 1, 3.3 + 0.2 * -(-len(series) // 3))
-    ends = [run.exchanged[-1] for one in series for run in one.runs if run.exchanged[-1]]
-    starts = [run.exchanged[run.exchanged > 0][0] for one in series for run in one.runs if run.exchanged[-1]]
+    exchanging = [run.exchanged for one in series for run in one.runs if run.exchanged[-1]]
     for index, one in enumerate(series):
         line = Line.of(index)
         if any(run.exchanged[-1] for run in one.runs):
@@ -64,12 +63,13 @@ def exchange_figure(series: Sequence[Series]) -> bytes:
             axes.axhline(
                 level, color=line.colour, linestyle=line.dash, lw=1.1, label=f"{one.label} (nothing; last round)"
             )
-    if ends and max(ends) > _WIDE_RATIO * min(starts) and max(ends) > _WIDE_RATIO * min(ends):
-        logarithmic(axes, "x")
-    elif ends:
-        axes.set_xlim(left=0)
-    else:
+    ends = [bytes_[-1] for bytes_ in exchanging]
+    if not ends:
         axes.set_xlim(0, 1)
+    elif max(ends) > _LOG_RATIO * max(min(bytes_[bytes_ > 0][0] for bytes_ in exchanging), min(ends)):
+        logarithmic(axes, "x")
+    else:
+        axes.set_xlim(left=0)
     axes.set_xlabel("exchanged so far, MiB: up and down, all clients")
     axes.set_ylabel("accuracy, Σ correct / Σ n")
     _legend(figure, axes, ncols=3)
@@ -77,19 +77,19 @@ def exchange_figure(series: Sequence[Series]) -> bytes:
 
 
 def losses_figure(series: Sequence[Series]) -> bytes:
-    """A panel a loss, averaged over clients by their samples; the series that have it."""
+    """A panel per loss with the series that have it; losses are means over clients, weighted by their samples."""
     names = list(dict.fromkeys(name for one in series for name in one.runs[0].losses))
     figure, grid = panels(len(names), 2, 2.1)
     most = max(run.rounds for one in series for run in one.runs)
     for name, axes in zip(names, grid):
-        seen: list[np.ndarray] = []
+        drawn: list[np.ndarray] = []
         for index, one in enumerate(series):
             if name in one.runs[0].losses:
-                _curves(axes, one, Line.of(index), lambda run: run.losses[name])  # noqa: B023 — drawn at once
-                seen += [run.losses[name] for run in one.runs]
-        values = np.concatenate(seen)
+                _curves(axes, one, Line.of(index), lambda run: run.losses[name])  # noqa: B023 (called at once)
+                drawn += [run.losses[name] for run in one.runs]
+        values = np.concatenate(drawn)
         values = values[np.isfinite(values)]
-        if len(values) and values.min() > 0 and values.max() > _WIDE_RATIO * values.min():
+        if len(values) and values.min() > 0 and values.max() > _LOG_RATIO * values.min():
             logarithmic(axes, "y")
         axes.set_title(loss_title(name))
         rounds_axis(axes, most)
@@ -100,35 +100,33 @@ def losses_figure(series: Sequence[Series]) -> bytes:
 
 
 def zero_shot_levels(series: Sequence[Series]) -> list[float]:
-    """The accuracies before training, to four digits; one, unless the runs' prompts or precision differ."""
+    """The distinct accuracies before training, to four digits; several where the runs' prompts or precision differ."""
     runs = [run for one in series for run in one.runs]
     return sorted({round(run.zero_shot, 4) for run in runs if run.zero_shot is not None})
 
 
 def loss_title(name: str) -> str:
-    """ce_local: "cross-entropy, local adapter (ce_local)"."""
+    """A heading for a loss: "task loss, local adapter (ce_local)"."""
     kind, _, branch = name.partition("_")
     kind = {"ce": "task loss", "kd": "distillation"}.get(kind, kind)
     return f"{kind}, {branch} adapter ({name})" if branch in ("local", "global") else f"{kind} ({name})"
 
 
 def _all_runs(axes: Axes, series: Sequence[Series]) -> None:
-    """Every run's accuracy, the mean of seeds, zero-shot, and the rounds that are reported."""
+    """Accuracy of every run, the mean of seeds, zero-shot accuracy, and marks at the reported rounds."""
     runs = [run for one in series for run in one.runs]
     for level in zero_shot_levels(series):
         axes.axhline(level, color=FAINT, lw=1, ls=(0, (2, 2)), label=f"zero-shot {level:.4f}")
     for index, one in enumerate(series):
         _curves(axes, one, Line.of(index), lambda run: run.accuracy)
-    marked = set()
-    for index, one in enumerate(series):
         for run in one.runs:
-            points = {"last": (run.rounds, float(run.accuracy[-1])), "best": run.best, "chosen": run.chosen}
-            for mark, point in points.items():
-                if point is not None:
-                    marked.add(mark)
-                    _mark(axes, mark, Line.of(index).colour, point)
-    for mark in (mark for mark in MARKS if mark in marked):
-        _mark(axes, mark, FAINT, ([], []), label=MARKS[mark][0])
+            _mark(axes, "last", Line.of(index).colour, (run.rounds, float(run.accuracy[-1])))
+            _mark(axes, "best", Line.of(index).colour, run.best)
+            if run.chosen is not None:
+                _mark(axes, "chosen", Line.of(index).colour, run.chosen)
+    for mark in MARKS:
+        if mark != "chosen" or any(run.chosen for run in runs):
+            _mark(axes, mark, FAINT, ([], []), label=MARKS[mark][0])
     rounds_axis(axes, max(run.rounds for run in runs))
 
 
@@ -142,38 +140,39 @@ def _curves(
     axes: Axes,
     series: Series,
     line: Line,
-    figure: Callable[[Run], np.ndarray],
-    across: Callable[[Run], np.ndarray] = lambda run: np.arange(1, run.rounds + 1),
+    y: Callable[[Run], np.ndarray],
+    x: Callable[[Run], np.ndarray] = lambda run: np.arange(1, run.rounds + 1),
 ) -> None:
-    """A thin line a seed and a thick one for their mean; a lone run is thick."""
+    """A thin line per seed and a thick one for their mean; a single run is thick."""
     if len(series.runs) > 1:
         for run in series.runs:
-            axes.plot(across(run), figure(run), color=line.colour, lw=0.7, alpha=0.45)
-    both = [_seeds_mean(series, of) for of in (across, figure)]
-    lone = "." if len(both[0]) == 1 else None  # a line of one round is a point
-    axes.plot(*both, color=line.colour, linestyle=line.dash, marker=lone, label=_name(series), zorder=3)
+            axes.plot(x(run), y(run), color=line.colour, lw=0.7, alpha=0.45)
+    means = [_seeds_mean(series, of) for of in (x, y)]
+    point = "." if len(means[0]) == 1 else None  # a line of one round would be invisible
+    axes.plot(*means, color=line.colour, linestyle=line.dash, marker=point, label=_name(series), zorder=3)
 
 
 def _name(series: Series) -> str:
     return series.label + (f" (mean of {len(series.runs)} seeds)" if len(series.runs) > 1 else "")
 
 
-def _seeds_mean(series: Series, figure: Callable[[Run], np.ndarray]) -> np.ndarray:
-    """The mean over the seeds, as far as all of them have come, [R]."""
+def _seeds_mean(series: Series, of: Callable[[Run], np.ndarray]) -> np.ndarray:
+    """The mean over the seeds for the rounds that all of them have, [R]."""
     rounds = min(run.rounds for run in series.runs)
-    return np.mean([figure(run)[:rounds] for run in series.runs], axis=0)
+    return np.mean([of(run)[:rounds] for run in series.runs], axis=0)
 
 
 def _spread(axes: Axes, series: Series, line: Line, mean: bool) -> None:
-    """The band from the lowest to the highest client, and their mean; of several seeds, averaged over them."""
-    lowest, highest, middle = (_seeds_mean(series, lambda run: run.spread(f)) for f in ("min", "max", "mean"))  # noqa: B023
+    """The band from the lowest to the highest client, and their mean; averaged over seeds."""
+    lowest = _seeds_mean(series, lambda run: run.over_clients("min"))
+    highest = _seeds_mean(series, lambda run: run.over_clients("max"))
+    middle = _seeds_mean(series, lambda run: run.over_clients("mean"))
     rounds = np.arange(1, len(middle) + 1)
-    if len(rounds) == 1:  # a band without a width
-        axes.vlines(rounds, lowest, highest, color=line.colour, alpha=0.3, lw=8, label="clients, lowest to highest")
+    label = "clients, lowest to highest"
+    if len(rounds) == 1:  # the band would have no width
+        axes.vlines(rounds, lowest, highest, color=line.colour, alpha=0.3, lw=8, label=label)
     else:
-        axes.fill_between(
-            rounds, lowest, highest, color=line.colour, alpha=0.16, lw=0, label="clients, lowest to highest"
-        )
+        axes.fill_between(rounds, lowest, highest, color=line.colour, alpha=0.16, lw=0, label=label)
         axes.plot(rounds, lowest, color=line.colour, lw=0.8)
     if mean:
         axes.plot(rounds, middle, color=line.colour, linestyle=line.dash, marker="." if len(rounds) == 1 else None)
@@ -182,5 +181,5 @@ def _spread(axes: Axes, series: Series, line: Line, mean: bool) -> None:
 
 
 def _legend(figure: Any, axes: Axes, ncols: int) -> None:
-    """Above the picture, so that it covers no curve."""
+    """A legend above the axes, so that it covers no curve."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=ncols)

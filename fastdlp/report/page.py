@@ -1,9 +1,9 @@
-"""The report as one HTML page: nothing is loaded from elsewhere, nothing runs, nothing tells the day."""
+"""The report as one HTML page, without scripts, links or a date."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdlp.report.compare import Series, differing_options
 from fastdlp.report.curves import MIB, zero_shot_levels
+from fastdlp.report.partition import scheme_text
 from fastdlp.report.read import Run
 from fastdlp.report.style import DPI, FAINT, GRID, INK, Line
 
@@ -40,12 +41,12 @@ svg {{ vertical-align: middle; margin-right: 7px; }}
 @media print {{ main {{ padding: 0; max-width: none; }} table {{ font-size: 9px; }} th, td {{ padding: 3px 4px; }} }}
 """.strip()
 
-_SHOWN = 112  # the page's pixels for an inch of a picture
+_PIXELS_PER_INCH = 112  # of a picture on the page
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of the report, or the reason why there is none."""
+    """A PNG of the report, or a sentence that says why there is none."""
 
     file: str
     alt: str
@@ -55,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two that say how to read the pictures, and the pictures."""
+    """A heading, a text that explains the pictures, and the pictures."""
 
     title: str
     text: str
@@ -92,16 +93,12 @@ def _title(run: Run) -> str:
 
 def _lead(series: Sequence[Series]) -> str:
     runs = [run for one in series for run in one.runs]
-    dealt, count = runs[0].dealt, int(runs[0].n.sum())
-    how = str(dealt.get("scheme", "file"))
-    if how == "dirichlet":
-        how = f"dealt by Dirichlet, β = {dealt.get('beta')}"
-    elif how == "pathological":
-        how = f"{dealt.get('classes_per_client')} classes a client"
+    partition = runs[0].partition
+    scheme = scheme_text(str(partition.get("scheme", "file")), _beta(runs[0]), partition.get("classes_per_client"))
     parts = [
         f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}",
-        f"{count:,} test samples",
-        f"{how}, partition seed {dealt.get('seed')}",
+        f"{runs[0].n.sum():,} test samples",
+        f"{scheme}, partition seed {partition.get('seed')}",
         f"pretrained {runs[0].config.pretrained}" if runs[0].config.pretrained else "",
         *[f"zero-shot accuracy {level:.4f}" for level in zero_shot_levels(series)],
     ]
@@ -109,48 +106,42 @@ def _lead(series: Sequence[Series]) -> str:
 
 
 def _runs_table(series: Sequence[Series]) -> str:
-    runs = [run for one in series for run in one.runs]
-    validated = any(run.validation is not None for run in runs)
-    head = ["run", "method", "encoder", "β", "seed", "rounds", "last round", "best on test (round)"]
-    head += ["chosen on validation (round)"] if validated else []
-    head += ["mean of clients", "std", "lowest client", "parameters uploaded", "MiB exchanged", "gates at zero", "time"]
-    rows = []
-    for index, one in enumerate(series):
-        for run in one.runs:
-            config = run.config
-            cells = [
-                config.method,
-                config.encoder,
-                _beta(run),
-                str(config.seed),
-                str(run.rounds) if run.finished else f"{run.rounds} of {config.rounds}, unfinished",
-                _accuracy(run.accuracy[-1]),
-                f"{_accuracy(run.best[1])} ({run.best[0]})",
-            ]
-            if validated:
-                cells.append(f"{_accuracy(run.chosen[1])} ({run.chosen[0]})" if run.chosen else "–")
-            cells += [
-                _accuracy(run.spread("mean")[-1]),
-                _accuracy(run.spread("std")[-1]),
-                _accuracy(run.spread("min")[-1]),
-                "–" if run.uploaded is None else f"{run.uploaded:,}",
-                f"{run.exchanged[-1] / MIB:,.2f}",
-                f"{run.gates_zero[-1]:.1%}" if run.gates else "–",
-                _time(run.seconds),
-            ]
-            rows.append((_swatch(index) + escape(run.name), cells))
-    return _table(head, rows)
+    columns: dict[str, Callable[[Run], str]] = {
+        "method": lambda run: run.config.method,
+        "encoder": lambda run: run.config.encoder,
+        "β": lambda run: "–" if _beta(run) is None else f"{_beta(run):g}",
+        "seed": lambda run: str(run.config.seed),
+        "rounds": lambda run: f"{run.rounds}" + ("" if run.finished else f" of {run.config.rounds}, unfinished"),
+        "last round": lambda run: f"{run.accuracy[-1]:.4f}",
+        "best on test (round)": lambda run: f"{run.best[1]:.4f} ({run.best[0]})",
+        "chosen on validation (round)": lambda run: f"{run.chosen[1]:.4f} ({run.chosen[0]})" if run.chosen else "–",
+        "mean of clients": lambda run: f"{run.over_clients('mean')[-1]:.4f}",
+        "std": lambda run: f"{run.over_clients('std')[-1]:.4f}",
+        "lowest client": lambda run: f"{run.over_clients('min')[-1]:.4f}",
+        "parameters uploaded": lambda run: "–" if run.uploaded is None else f"{run.uploaded:,}",
+        "MiB exchanged": lambda run: f"{run.exchanged[-1] / MIB:,.2f}",
+        "gates at zero": lambda run: f"{run.gates_zero[-1]:.1%}" if run.gates else "–",
+        "time": lambda run: _time(run.seconds),
+    }
+    if all(run.validation is None for one in series for run in one.runs):
+        del columns["chosen on validation (round)"]
+    rows = [
+        (_swatch(index) + escape(run.name), [text(run) for text in columns.values()])
+        for index, one in enumerate(series)
+        for run in one.runs
+    ]
+    return _table(["run", *columns], rows)
 
 
 def _note(series: Sequence[Series]) -> str:
     runs = [run for one in series for run in one.runs]
     text = (
         "Accuracy is Σ correct / Σ n over all clients’ own test samples. Mean, std (of the population) and lowest are "
-        "of the clients’ accuracies in the last round. Best on test is picked by looking at the test samples. "
+        "of the clients’ accuracies in the last round. Best on test is selected on the test samples themselves. "
         "Bytes are up and down, all clients, all rounds."
     )
     if not all(run.finished for run in runs):
-        text += " The time of an unfinished run lacks the preparation."
+        text += " The time of an unfinished run does not include the preparation."
     return f'<p class="note">{escape(text)}</p>'
 
 
@@ -159,25 +150,28 @@ def _seeds_table(series: Sequence[Series]) -> str:
     several = [(index, one) for index, one in enumerate(series) if len(one.runs) > 1]
     if not several:
         return ""
-    validated = any(run.chosen for _, one in several for run in one.runs)
-    head = ["mean ± std over seeds", "seeds", "last round", "best on test"]
-    head += (["chosen on validation"] if validated else []) + ["mean of clients", "lowest client"]
+    columns: dict[str, Callable[[Run], float | None]] = {
+        "last round": lambda run: run.accuracy[-1],
+        "best on test": lambda run: run.best[1],
+        "chosen on validation": lambda run: run.chosen[1] if run.chosen else None,
+        "mean of clients": lambda run: run.over_clients("mean")[-1],
+        "lowest client": lambda run: run.over_clients("min")[-1],
+    }
+    if not any(run.chosen for _, one in several for run in one.runs):
+        del columns["chosen on validation"]
     rows = []
     for index, one in several:
-        figures = [
-            [run.accuracy[-1] for run in one.runs],
-            [run.best[1] for run in one.runs],
-            *([[run.chosen[1] for run in one.runs if run.chosen]] if validated else []),
-            [run.spread("mean")[-1] for run in one.runs],
-            [run.spread("min")[-1] for run in one.runs],
-        ]
         seeds = ", ".join(str(run.config.seed) for run in one.runs)
-        rows.append((_swatch(index) + escape(one.label), [seeds, *(_over_seeds(values) for values in figures)]))
-    return _table(head, rows) + '<p class="note">std over seeds: population standard deviation.</p>'
+        cells = [_over_seeds([column(run) for run in one.runs]) for column in columns.values()]
+        rows.append((_swatch(index) + escape(one.label), [seeds, *cells]))
+    return (
+        _table(["mean ± std over seeds", "seeds", *columns], rows)
+        + '<p class="note">std over seeds: population standard deviation.</p>'
+    )
 
 
 def _options_table(series: Sequence[Series]) -> str:
-    """What else differs between the runs."""
+    """The options that differ between the runs, besides those in the table of runs."""
     options = differing_options(series)
     if not options:
         return ""
@@ -196,14 +190,14 @@ def _figure(picture: Picture) -> str:
     width = int.from_bytes(picture.png[16:20], "big")  # PNG's header
     data = base64.b64encode(picture.png).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" style="width:{round(width * _SHOWN / DPI)}px" '
+        f'<figure><img src="data:image/png;base64,{data}" style="width:{round(width * _PIXELS_PER_INCH / DPI)}px" '
         f'alt="{escape(picture.alt)}">'
         f"<figcaption>{escape(picture.file)}</figcaption></figure>"
     )
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table; the first cell of a row is HTML, all else is text."""
+    """A table; the first cell of a row is HTML, the others are text."""
     first, *others = head
     lines = [f'<th class="name">{escape(first)}</th>' + "".join(f"<th>{escape(name)}</th>" for name in others)]
     lines += [f'<td class="name">{name}</td>' + "".join(f"<td>{escape(c)}</td>" for c in cells) for name, cells in rows]
@@ -213,7 +207,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 
 
 def _swatch(index: int) -> str:
-    """The line that a series has in the pictures."""
+    """The line of a series in the pictures, as SVG."""
     line = Line.of(index)
     dashes = "" if line.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in line.dash[1])}"'
     return (
@@ -222,19 +216,16 @@ def _swatch(index: int) -> str:
     )
 
 
-def _over_seeds(values: Sequence[float]) -> str:
-    if not values:
+def _over_seeds(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "–"
-    return _accuracy(float(np.mean(values))) + (f" ± {np.std(values):.4f}" if len(values) > 1 else "")
+    return f"{np.mean(known):.4f}" + (f" ± {np.std(known):.4f}" if len(known) > 1 else "")
 
 
-def _beta(run: Run) -> str:
-    beta = run.dealt.get("beta")
-    return f"{beta:g}" if isinstance(beta, float) else "–"
-
-
-def _accuracy(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _beta(run: Run) -> float | None:
+    beta = run.partition.get("beta")
+    return beta if isinstance(beta, float) else None
 
 
 def _time(seconds: float) -> str:

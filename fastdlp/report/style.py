@@ -1,4 +1,4 @@
-"""One look for all pictures of a report: light, colour-blind safe, the same bytes for the same numbers."""
+"""The style of all pictures: light, safe for the colour-blind, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-DPI = 200  # the page shows two dots as one of its pixels
+DPI = 200  # two dots per pixel of the page
 WIDTH = 8.2  # inches of a picture of curves or bars
 
 INK, FAINT, GRID, EMPTY = "#222b33", "#67727d", "#e3e7eb", "#f3f4f6"
-# Okabe and Ito's colours, without the yellow, which white swallows.
+# Okabe and Ito's colours, without the yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (7, 1.6, 1.2, 1.6)))
-# Marks of rounds: name, shape and size. Hollow and of different sizes, since they may fall on one point.
+SHADES = ("#eef2f6", "#c6dbea", "#86b6d6", "#3f8bbd", "#15609a", "#0b3a66")  # from nothing to much
+# Marks of rounds: name, shape and size. Hollow and of different sizes, since they may coincide.
 MARKS = {
     "last": ("last round", ".", 5.5),
     "best": ("best on test", "^", 6.5),
     "chosen": ("chosen on validation", "D", 8),
 }
 
-_LOOK: dict[str, Any] = {
+_SETTINGS: dict[str, Any] = {
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
     "savefig.facecolor": "white",
-    "font.family": "DejaVu Sans",  # matplotlib brings it, so that every machine draws the same
+    "font.family": "DejaVu Sans",  # part of matplotlib, so that pictures are the same on every machine
     "font.size": 8,
     "text.color": INK,
-    "text.parse_math": False,  # a class or a folder may be named with a dollar sign
+    "text.parse_math": False,  # names of classes and folders may contain dollar signs
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "axes.titlepad": 5,
@@ -68,7 +69,7 @@ _LOOK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """How a series is drawn wherever it appears; 28 pairs of colour and dash before one comes again."""
+    """Colour and dashes of a series in all pictures; 28 combinations before one repeats."""
 
     colour: str
     dash: Any
@@ -80,36 +81,44 @@ class Line:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Draw inside; matplotlib's settings are the user's again afterwards."""
+    """Apply the style; matplotlib's settings are restored at the end."""
     import matplotlib.style
 
-    with matplotlib.style.context(_LOOK, after_reset=True):
+    with matplotlib.style.context(_SETTINGS, after_reset=True):
         yield
 
 
 def png(figure: Figure, tight: bool = False) -> bytes:
-    """The picture, without the version and date that would make equal pictures differ."""
+    """The picture as PNG; see `render`."""
+    return render(figure, "png", tight)
+
+
+def render(figure: Figure, kind: str, tight: bool = False) -> bytes:
+    """The picture as "png", "svg" or "pdf"; a PNG without version and date, so that equal pictures are equal files.
+
+    `tight` fits the page to what is drawn, also outside the figure.
+    """
     buffer = io.BytesIO()
     fit: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.06} if tight else {}
-    figure.savefig(buffer, format="png", metadata={"Software": None}, **fit)
+    figure.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else None, **fit)
     return buffer.getvalue()
 
 
-def panels(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` equal axes in rows of `columns`, each `height` inches; what is left of the grid is empty."""
+def panels(count: int, columns: int, height: float, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure `width` inches wide with `count` equal axes in rows of `columns`, each row `height` inches high."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for spare in axes[count:]:
-        spare.remove()
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
     return figure, axes[:count]
 
 
 def rounds_axis(axes: Axes, rounds: int) -> None:
-    """Whole rounds from 1 to the last."""
+    """An x axis of whole rounds from 1 to the last."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(1 - min(0.6, 0.02 * rounds), rounds + 0.02 * rounds)
@@ -118,14 +127,14 @@ def rounds_axis(axes: Axes, rounds: int) -> None:
 
 
 def pale(colour: str) -> tuple[float, ...]:
-    """A colour halfway to white; unlike a transparent one it hides the grid behind it."""
+    """A colour halfway to white; unlike a transparent one it covers the grid."""
     from matplotlib.colors import to_rgb
 
     return tuple((1 + part) / 2 for part in to_rgb(colour))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with plain numbers: powers need the mathematics that names must not be read as."""
+    """A logarithmic axis with plain numbers, since powers of ten need the math text that is turned off for names."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -135,17 +144,8 @@ def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def accuracy_map() -> Colormap:
-    """From low to high, both unlike the white of an empty cell, and rising in lightness for those who see no colour."""
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"]
-
-
-def share_map() -> Colormap:
-    """From nothing to much."""
+def amount_map() -> Colormap:
+    """A colour map from nothing to much."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list(
-        "share", ("#eef2f6", "#c6dbea", "#86b6d6", "#3f8bbd", "#15609a", "#0b3a66")
-    )
+    return LinearSegmentedColormap.from_list("amount", SHADES)

@@ -1,4 +1,4 @@
-"""From run folders to a folder with index.html and its pictures."""
+"""Writes a report: a folder with index.html and its pictures."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NUMBERED = re.compile(r"(classes|gates)-\d\d+\.png")
 def write_report(
     runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], overwrite: bool = False
 ) -> list[Path]:
-    """Draw runs that can be compared, and write the page and its PNGs; equal runs give equal bytes.
+    """Write a page with pictures of runs that can be compared; equal runs give equal bytes.
 
     Args:
         runs: run folders, finished or not.
         out: a folder that is new or empty.
-        overwrite: write into `out` whatever it holds. Files of a report are replaced, others stay.
+        overwrite: write into `out` even if it is not empty. Files of a report are replaced, others stay.
 
     Returns:
         The files written, the page first.
@@ -64,10 +64,10 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 
 def _draw(series: list[Series]) -> list[Section]:
-    """All pictures, or what is missing where there is none."""
+    """All sections; where a picture cannot be drawn, the reason stands in its place."""
     runs = [run for one in series for run in one.runs]
     gated = [one for one in series if one.runs[0].gates]
-    most = max([float(share.max()) for run in runs for share in run.gates.values()] + [0.01])
+    most = max([float(zero.max()) for run in runs for zero in run.gates.values()] + [0.01])
     several = any(len(one.runs) > 1 for one in series)
     seeds = " Thin lines are seeds, a thick one is their mean." if several else ""
     return [
@@ -86,8 +86,8 @@ def _draw(series: list[Series]) -> list[Section]:
         ),
         Section(
             "Clients by classes in the last round",
-            "Shade: accuracy on a client’s test samples of a class. The number in a cell, or on a crowded map the area "
-            "of its square, is how many there are; n sums them over the classes. A cell without samples is empty.",
+            "Colour: accuracy on a client’s test samples of a class. The number in a cell, or on a large map the area "
+            "of its square, is the number of samples; n sums them over the classes. A cell without samples is empty.",
             [
                 Picture(
                     f"classes-{number:02d}.png",
@@ -100,18 +100,18 @@ def _draw(series: list[Series]) -> list[Section]:
         ),
         Section(
             "Gates at zero",
-            "Share of a linear’s gates that the threshold has set to zero, over all clients.",
+            "Fraction of a linear’s gates that the threshold has set to zero, over all clients.",
             [
                 Picture(
                     f"gates-{number:02d}.png", f"Gates at zero by layer and round: {one.label}", gates_figure(one, most)
                 )
                 for number, one in enumerate(gated, 1)
             ]
-            or [Picture("", "", None, "No run here is of a method with a gate.")],
+            or [Picture("", "", None, "None of these runs is of a method with gates.")],
         ),
         Section(
             "Accuracy against bytes",
-            "Bytes that travelled by the end of each round, both directions and all clients together." + seeds,
+            "Bytes exchanged by the end of each round, both directions and all clients together." + seeds,
             [Picture("exchange.png", "Bytes exchanged so far against accuracy", exchange_figure(series))],
         ),
         Section(
@@ -124,5 +124,5 @@ def _draw(series: list[Series]) -> list[Section]:
 
 def _no_classes(series: Series) -> str:
     if all(run.finished for run in series.runs):
-        return "these runs were written by a version that recorded no figures by class."
-    return "figures by class are recorded when a run ends."
+        return "these runs were written by a version that did not record accuracy by class."
+    return "accuracy by class is recorded when a run ends."

@@ -1,7 +1,7 @@
-"""The state of a run after a round, in one safetensors file that is there whole or not at all.
+"""Checkpoints: the state of a run after a round in one safetensors file, which is written atomically.
 
-Batches are a function of seed, client, round and epoch, so there is no random state to keep: adapters,
-gates, Adam's moments and step counts of every client are all.
+It holds adapters, gates, Adam's moments and step counts of every client. Batches are a function of seed, client, round
+and epoch, so there is no random state to save.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.engine.engine import Engine
 from fastdlp.errors import FastdlpError
 
-FILE = "checkpoint.safetensors"
-
 
 def save_checkpoint(path: Path, engine: Engine, rows: range, finished: int, identity: dict[str, str]) -> None:
-    """Write rows of the engine's bank after round `finished`; `identity` says which run they belong to.
+    """Write rows of the engine's bank after round `finished`; `identity` identifies the run they belong to.
 
     Raises:
         FastdlpError: the disk refuses; the earlier checkpoint stays.
     """
-    tensors = {name: held.cpu().clone() for name, held in _held(engine, rows).items()}
+    tensors = {name: tensor.cpu().clone() for name, tensor in _state(engine, rows).items()}
     save_tensors(path, tensors, identity | {"round": str(finished)})
 
 
 def load_checkpoint(path: Path, engine: Engine, rows: range, identity: dict[str, str]) -> int:
-    """Fill rows of the engine's bank from a checkpoint, and the server from them; returns the finished round.
+    """Load rows of the engine's bank from a checkpoint, and the server's state from them; returns the finished round.
 
     Raises:
         FastdlpError: missing, damaged, or of another config, partition or model.
@@ -37,10 +35,10 @@ def load_checkpoint(path: Path, engine: Engine, rows: range, identity: dict[str,
     for key, value in identity.items():
         if metadata.get(key) != value:
             raise FastdlpError(f"{path} belongs to another run: its {key} differs; resume the run it came from")
-    held = _held(engine, rows)
-    if set(tensors) != set(held):
+    state = _state(engine, rows)
+    if set(tensors) != set(state):
         raise FastdlpError(f"{path} is not a checkpoint of this method")
-    for name, own in held.items():
+    for name, own in state.items():
         if own.shape != tensors[name].shape:
             raise FastdlpError(f"{path}: {name} is {tuple(tensors[name].shape)}, this run has {tuple(own.shape)}")
         own.copy_(tensors[name])
@@ -48,7 +46,7 @@ def load_checkpoint(path: Path, engine: Engine, rows: range, identity: dict[str,
     return int(metadata["round"])
 
 
-def _held(engine: Engine, rows: range) -> dict[str, Tensor]:
+def _state(engine: Engine, rows: range) -> dict[str, Tensor]:
     """Views of the state that a round starts from, by name."""
     return {
         f"{branch}/{name}": getattr(engine.bank.state[branch], name)[rows.start : rows.stop]

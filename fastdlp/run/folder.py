@@ -1,8 +1,8 @@
-"""The run folder: what was asked, what was dealt, what came out.
+"""The run folder: the files of a run, and how they are read and written.
 
 config.json        the resolved config
 partition.json     client → sample ids
-metrics.jsonl      a line per round: every client's figures and every loss
+metrics.jsonl      a line per round: the metrics and losses of every client
 checkpoint.safetensors
 adapters/          client-00.safetensors …, server.safetensors, at the end
 summary.json       at the end
@@ -14,12 +14,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition
@@ -27,23 +27,22 @@ from fastdlp.data.partition_file import save_partition
 from fastdlp.errors import FastdlpError
 from fastdlp.files import check_free, read_json, write_atomic
 
-CONFIG, PARTITION, METRICS, SUMMARY, ADAPTERS = (
-    "config.json",
-    "partition.json",
-    "metrics.jsonl",
-    "summary.json",
-    "adapters",
-)
+CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
+CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
+# What parsing a damaged record raises.
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+T = TypeVar("T")
 
 
 class RunFolder:
-    """One run's folder, which exists and holds a config."""
+    """The folder of one run, which exists and holds a config."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / CONFIG).is_file():
             what = "is not a run folder" if path.exists() else "does not exist"
-            raise FastdlpError(f"{path} {what}: name the folder that fastdlp train made")
+            raise FastdlpError(f"{path} {what}: name a folder that fastdlp train wrote")
 
     @staticmethod
     def check_free(path: Path, overwrite: bool) -> None:
@@ -52,7 +51,7 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:
-        """Make the folder with config and partition; it appears under its name only when both are in it.
+        """Create the folder with config and partition; it gets its name only when both are in it.
 
         Raises:
             FastdlpError: as `check_free`, or the disk refuses.
@@ -61,20 +60,20 @@ class RunFolder:
         named, path = path, Path(os.path.realpath(path))  # a link stays a link
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            fresh.mkdir()
         except OSError as error:
             raise FastdlpError(
                 f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
             ) from None
         old = fresh.with_name(fresh.name + ".old")
         try:
-            fresh.chmod(0o777 & ~_umask())
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
             # A run that is still being written keeps its folder.
             with RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext():
                 if path.exists():
-                    os.replace(path, old)  # a folder does not take the place of a full one
+                    os.replace(path, old)  # os.replace cannot overwrite a folder that is not empty
                 try:
                     os.replace(fresh, path)
                 except OSError:
@@ -112,19 +111,13 @@ class RunFolder:
             raise FastdlpError(f"cannot read {self.path / CONFIG}: {error.strerror or error}") from None
 
     def change_config(self, config: TrainConfig) -> None:
-        """Replace the config of a run that is made longer; its summary no longer holds."""
+        """Replace the config of a run that gets more rounds, and remove its summary, which is outdated."""
         write_atomic(self.path / CONFIG, config.to_json())
         (self.path / SUMMARY).unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary, or None while the run has not ended."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
-        summary = read_json(path, "summary")
-        if not isinstance(summary, dict) or "rounds" not in summary:
-            raise FastdlpError(f"{path} is not a summary: remove it and go on with --resume {self.path}")
-        return summary
+        """The summary, or None while the run has not ended. Raises FastdlpError for a damaged one."""
+        return read_summary(self.path, {"rounds"})
 
     def started(self) -> bool:
         """Whether a round is recorded."""
@@ -141,52 +134,86 @@ class RunFolder:
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
 
-    def rounds(self, upto: int) -> list[dict[str, Any]]:
-        """The lines of rounds 1..upto; whatever a stopped run wrote behind them is cut off the file.
+    def metrics(self, parse: Callable[[dict[str, Any]], T], rounds: int | None, hint: str) -> list[T]:
+        """Read metrics.jsonl without changing it.
+
+        Args:
+            parse: applied to every line, whose round number is checked; raises one of `DAMAGED` for an invalid line.
+            rounds: of a finished run; None for an unfinished one, whose last line may be incomplete.
+            hint: what to do about a damaged file, for the message.
 
         Raises:
-            FastdlpError: a line is missing.
+            FastdlpError: the file cannot be read, a line is damaged, or the number of lines is not `rounds`.
         """
-
-        def complete(lines: list[dict[str, Any]]) -> None:
-            if [line["round"] for line in lines] != list(range(1, upto + 1)):
-                raise FastdlpError(
-                    f"{self.path / METRICS} does not hold the rounds 1 to {upto}: start again with --overwrite"
-                )
-
-        return cut_lines(self.path / METRICS, upto, complete)
+        path = self.path / METRICS
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        except OSError as error:
+            raise FastdlpError(f"cannot read {path}: {error.strerror or error}") from None
+        if rounds is None and lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        parsed = []
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = json.loads(raw)
+                if line["round"] != number:
+                    raise ValueError(f"it is of round {line['round']!r}")
+                parsed.append(parse(line))
+            except DAMAGED as error:
+                raise FastdlpError(f"{path} is damaged in line {number}: {describe(error)}; {hint}") from None
+        if rounds is not None and len(parsed) != rounds:
+            raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {hint}")
+        return parsed
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def cut_lines(
-    path: Path, upto: int, check: Callable[[list[dict[str, Any]]], None] = lambda lines: None
-) -> list[dict[str, Any]]:
-    """Read a .jsonl file up to its first line that is torn or of a later round, and cut the file there.
+def read_summary(folder: Path, keys: set[str]) -> dict[str, Any] | None:
+    """The summary in a folder, or None if there is none. Raises FastdlpError for one that lacks any of the keys."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    summary = read_json(path, "summary")
+    if not isinstance(summary, dict) or not keys <= set(summary):
+        raise FastdlpError(f"{path} is not a summary: remove it and resume with --resume {folder}")
+    return summary
 
-    `check` sees the lines first: what it raises leaves the file as it is.
+
+def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list[dict[str, Any]]:
+    """Remove from a .jsonl file everything from the first line that is incomplete or later than round `finished`.
+
+    Args:
+        path: the file, which may be missing.
+        finished: the last round to keep.
+        every_round: the file must hold exactly one line for each of the rounds 1 to `finished`.
+
+    Returns:
+        The lines that stay.
+
+    Raises:
+        FastdlpError: a line is missing; the file is left unchanged.
     """
     lines: list[dict[str, Any]] = []
     data = path.read_bytes() if path.exists() else b""
-    kept = 0
+    size = 0
     for raw in data.splitlines(keepends=True):
         try:
             line = json.loads(raw)
-            if not raw.endswith(b"\n") or not line["round"] <= upto:
+            if not raw.endswith(b"\n") or not line["round"] <= finished:
                 break
         except (ValueError, TypeError, KeyError):
             break
         lines.append(line)
-        kept += len(raw)
-    check(lines)
-    if kept < len(data):
-        write_atomic(path, data[:kept])
+        size += len(raw)
+    if every_round and [line["round"] for line in lines] != list(range(1, finished + 1)):
+        raise FastdlpError(f"{path} does not hold the rounds 1 to {finished}: start again with --overwrite")
+    if size < len(data):
+        write_atomic(path, data[:size])
     return lines
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def describe(error: BaseException) -> str:
+    """One of `DAMAGED` as part of a message."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -1,4 +1,4 @@
-"""What a run reports: the line of a round, the summary, and the figures in them (accuracies are fractions)."""
+"""The metrics of a run: a round's line in metrics.jsonl, and the summary. Accuracies are fractions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdlp.engine.engine import counted
 from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.run.setup import Federation
 
-Hits = Sequence[np.ndarray]  # per client, whether each of its samples is predicted right, bool [n]
+Hits = Sequence[np.ndarray]  # per client, whether each sample is classified correctly, bool [n]
 
 
 def round_line(
@@ -30,15 +30,16 @@ def round_line(
     Args:
         federation: after the round's aggregation.
         number: the round, from 1.
-        losses: of the round's training, of all the engine's slots.
+        losses: of the round's training, all slots of the engine.
         hits: on the test samples of this run's clients.
         val: on their validation samples.
-        message: bytes of one serialised global adapter.
-        seconds: that the round took.
+        message: bytes of one serialized global adapter.
+        seconds: duration of the round.
     """
     correct, total = counted(hits)
     val_correct, val_total = counted(val)
-    accuracy, clients = accuracy_figures(correct, total)
+    accuracy, over_clients = accuracy_metrics(correct, total)
+    validation = {"accuracy_val": float(val_correct.sum() / val_total.sum())} if val_total.any() else {}
     zero, gates, by_part = _gates(federation)
     means = {name: mean[federation.rows.start : federation.rows.stop] for name, mean in losses.means.items()}
     per_client = []
@@ -57,24 +58,24 @@ def round_line(
                 "bytes_sent": message if len(slot.train) else 0,
                 "bytes_received": message if takes_part else 0,
             }
-            | ({"val_correct": int(val_correct[i]), "val_n": int(val_total[i])} if val_total.any() else {})
+            | ({"val_correct": int(val_correct[i]), "val_n": int(val_total[i])} if validation else {})
         )
     sizes = np.array([len(slot.train) for slot in federation.slots])
     return {
         "round": number,
         "accuracy": accuracy,
-        **clients,
-        **({"accuracy_val": float(val_correct.sum() / val_total.sum())} if val_total.any() else {}),
+        **over_clients,
+        **validation,
         "losses": {name: _number(np.average(m[sizes > 0], weights=sizes[sizes > 0])) for name, m in means.items()},
         "gates_zero_share": _ratio(zero.sum(), gates * len(federation.slots)),
         "gates_zero_by_part": by_part,
         "clients": per_client,
-        "utilisation": _ratio(losses.samples, losses.computed),  # of the engine: less than 1 where batches are padded
+        "utilisation": _ratio(losses.samples, losses.computed),  # of the whole engine; below 1 where batches are padded
         "seconds": round(seconds, 3),
     }
 
 
-def summarise(
+def summarize(
     federation: Federation,
     lines: list[dict[str, Any]],
     hits: Hits,
@@ -84,15 +85,15 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json, from the lines of all rounds.
 
-    Last round, best round on test and the round chosen on validation always stand apart. `accuracy` and the figures of
-    clients are those of the round that `--report` names.
+    Last round, best round on test and the round chosen on validation are always reported separately. `accuracy` and the
+    metrics of the clients are those of the round that `--report` names.
 
     Args:
         federation: after the last round.
         lines: of all rounds.
         hits: of the last round on the test samples.
         zero_shot: accuracy of the frozen model.
-        message: bytes of one serialised global adapter.
+        message: bytes of one serialized global adapter.
         preparation: seconds before the first round.
     """
     config, engine = federation.config, federation.engine
@@ -100,7 +101,7 @@ def summarise(
     best = max(lines, key=lambda line: line["accuracy"])
     chosen = max(lines, key=lambda line: line["accuracy_val"]) if "accuracy_val" in last else None
     reported = {"last": last, "best": best, "validation": chosen}[config.report or "last"]
-    assert reported is not None  # a config that reports validation has validation samples
+    assert reported is not None  # --report validation requires validation samples
     correct, total = (np.array([client[name] for client in reported["clients"]]) for name in ("correct", "n"))
     return {
         "method": config.method,
@@ -130,7 +131,7 @@ def summarise(
         "accuracy_mean_clients": reported["accuracy_mean_clients"],
         "clients_std": reported["clients_std"],
         "clients_lowest": reported["clients_lowest"],
-        "per_client": per_client_figures(federation, correct, total),
+        "per_client": per_client_metrics(federation, correct, total),
         "per_class": _per_class(federation, hits),
         "empty_clients": federation.partition.empty,
         "bad_images": federation.pixels.bad,
@@ -149,8 +150,8 @@ def summarise(
     }
 
 
-def per_client_figures(federation: Federation, correct: np.ndarray, total: np.ndarray) -> list[dict[str, Any]]:
-    """Samples and accuracy of every client; the accuracy of one without test samples is None."""
+def per_client_metrics(federation: Federation, correct: np.ndarray, total: np.ndarray) -> list[dict[str, Any]]:
+    """Samples and accuracy of every client; the accuracy is None without test samples."""
     return [
         {
             "client": slot.client,
@@ -163,16 +164,15 @@ def per_client_figures(federation: Federation, correct: np.ndarray, total: np.nd
     ]
 
 
-def accuracy_figures(correct: np.ndarray, total: np.ndarray) -> tuple[float, dict[str, float]]:
-    """Σcorrect/Σn, and mean, population standard deviation and lowest over the clients that have test samples."""
-    have = total > 0
-    per = correct[have] / total[have]
-    clients = {
-        "accuracy_mean_clients": float(per.mean()),
-        "clients_std": float(per.std()),
-        "clients_lowest": float(per.min()),
+def accuracy_metrics(correct: np.ndarray, total: np.ndarray) -> tuple[float, dict[str, float]]:
+    """Σ correct / Σ n, and mean, population standard deviation and minimum over the clients that have test samples."""
+    tested = total > 0
+    per_client = correct[tested] / total[tested]
+    return float(correct.sum() / total.sum()), {
+        "accuracy_mean_clients": float(per_client.mean()),
+        "clients_std": float(per_client.std()),
+        "clients_lowest": float(per_client.min()),
     }
-    return float(correct.sum() / total.sum()), clients
 
 
 def _per_class(federation: Federation, hits: Hits) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _per_class(federation: Federation, hits: Hits) -> dict[str, Any]:
 
 
 def _gates(federation: Federation) -> tuple[np.ndarray, int, dict[str, float]]:
-    """Gates at zero per client, gates per client, and the share at zero by site part over all clients."""
+    """Gates at zero per client, gates per client, and the fraction at zero by site part over all clients."""
     bank, rows = federation.engine.bank, federation.rows
     zero, count = np.zeros(len(rows), np.int64), 0
     by_part: dict[str, float] = {}
@@ -208,5 +208,5 @@ def _ratio(part: Any, whole: Any) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """A float for JSON; None where there was nothing to average."""
+    """A float for JSON; None where there were no samples to average over."""
     return float(value) if np.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""What is written of one run while it goes on: a line a round, checkpoints, the trace, and all that it ends with.
+"""Writes a run's folder: a line of metrics per round, checkpoints, the trace, and at the end adapters and summary.
 
-Of several processes every one has a recorder, and knows each line; the first one's writes.
+With several processes, each has a recorder and all compute the same lines; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from fastdlp.engine.engine import counted
 from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
-from fastdlp.run.checkpoint import FILE as CHECKPOINT
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
-from fastdlp.run.folder import ADAPTERS, RunFolder
-from fastdlp.run.metrics import Hits, accuracy_figures, round_line, summarise
+from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, truncate_lines
+from fastdlp.run.metrics import Hits, accuracy_metrics, round_line, summarize
 from fastdlp.run.setup import Federation
 from fastdlp.run.trace import Trace
 
+SERVER_FILE = "server.safetensors"
+
 
 class Recorder:
-    """Writes one run's folder.
+    """Writes the folder of one run.
 
     Args:
         run: the folder.
         federation: the run; its engine may hold other runs as well.
-        finished: rounds that are done.
+        finished: completed rounds.
     """
 
     def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
@@ -41,17 +42,17 @@ class Recorder:
         self.writes = engine.group.is_rank_zero
         traced = config.trace and self.writes
         self.trace = Trace(run.path, engine, federation.pixels.ids, finished) if traced else None
-        self.lines = run.rounds(finished) if self.writes else []  # it cuts the file as well
+        self.lines = truncate_lines(run.path / METRICS, finished, every_round=True) if self.writes else []
         self.message = message_bytes(engine.bank, engine.method.shared)
         self._identity = identity(federation)
-        self._hits: Hits | None = None  # of the last round, where it was run here
+        self._hits: Hits | None = None  # of the last round, if this process has run one
 
     def start(self, zero_shot: float, preparation: float) -> None:
-        """Keep what is known before the first round: the frozen model's accuracy, and seconds of preparation."""
+        """Set the accuracy of the frozen model and the seconds of preparation, for the summary."""
         self.zero_shot, self.preparation = zero_shot, preparation
 
     def failure(self, number: int, losses: RoundLosses) -> str | None:
-        """What went wrong in a round, in a line that says what to do, or None."""
+        """Why the run cannot continue after a round's training, and what to do about it, in one line; or None."""
         rows = self.federation.rows
         for slot, (step, name) in losses.not_finite.items():
             if slot in rows:
@@ -62,14 +63,14 @@ class Recorder:
         return None
 
     def before_aggregation(self) -> None:
-        """Keep what the trace tells of a round's end."""
+        """Copy the state before aggregation for the trace."""
         if self.federation.config.trace:
             self.federation.engine.collect("weights", "gates")
         if self.trace:
             self.trace.before_aggregation()
 
     def round(self, number: int, losses: RoundLosses, hits: Hits, val: Hits, seconds: float) -> dict[str, Any]:
-        """Append a round's line and return it. `hits`, `val`: of all the engine's slots."""
+        """Append a round's line and return it. `hits` and `val` cover all slots of the engine."""
         rows = self.federation.rows
         self.federation.engine.collect("gates")
         self._hits = hits[rows.start : rows.stop]
@@ -96,26 +97,26 @@ class Recorder:
         rows, engine = self.federation.rows, self.federation.engine
         hits = self._hits or engine.hits()[rows.start : rows.stop]
         engine.collect()
-        summary: dict[str, Any] | None = None  # the others lack the lines of rounds before a stop
+        summary: dict[str, Any] | None = None  # only rank 0 has the lines of rounds before a resume
         if self.writes:
             _save_adapters(self.run.path / ADAPTERS, self.federation)
-            summary = summarise(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
+            summary = summarize(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
             self.run.write_summary(summary)
         return engine.group.all_gather(summary)[0]
 
 
 def zero_shot_accuracy(federation: Federation) -> float:
-    """Σcorrect/Σn of the frozen model on the test samples."""
+    """Σ correct / Σ n of the frozen model on the test samples."""
     rows = federation.rows
     hits = federation.engine.hits(adapted=False, among=rows)[rows.start : rows.stop]
-    return accuracy_figures(*counted(hits))[0]
+    return accuracy_metrics(*counted(hits))[0]
 
 
 def restore(run: RunFolder, federation: Federation) -> int:
-    """Load a run's checkpoint into the engine; returns the finished round, 0 for a run that never began.
+    """Load a run's checkpoint into the engine; returns the finished round, 0 for a run without any.
 
     Raises:
-        FastdlpError: a checkpoint that is damaged, of another run, or missing though rounds are recorded.
+        FastdlpError: the checkpoint is damaged, of another run, or missing although rounds are recorded.
     """
     path = run.path / CHECKPOINT
     if not path.exists():
@@ -129,19 +130,19 @@ def restore(run: RunFolder, federation: Federation) -> int:
 
 
 def identity(federation: Federation) -> dict[str, str]:
-    """What a checkpoint must agree with: every option that decides numbers, the data and the frozen weights."""
+    """What must match between a checkpoint and the run that loads it: options that affect results, data, weights."""
     options = {k: v for k, v in asdict(federation.config).items() if k not in NOT_IN_NUMBERS | {"rounds", "trace"}}
     return {
         "config": hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest(),
-        "partition": _digest(federation.partition),
+        "partition": _partition_digest(federation.partition),
         "device": federation.engine.bank.device.type,
         "data": federation.pixels.fingerprint,
         "weights": federation.weights_fingerprint,
     }
 
 
-def _digest(partition: Partition) -> str:
-    """Who holds what, as a hash."""
+def _partition_digest(partition: Partition) -> str:
+    """SHA-256 of the assignment of samples to clients."""
     digest = hashlib.sha256()
     for side in (partition.train, partition.test, partition.val):
         for samples in side:
@@ -150,20 +151,17 @@ def _digest(partition: Partition) -> str:
 
 
 def client_file(client: int) -> str:
-    """The name of a client's file in the folder of adapters."""
+    """Name of a client's file in the folder of adapters."""
     return f"client-{client:02d}.safetensors"
 
 
-SERVER_FILE = "server.safetensors"
-
-
 def _save_adapters(folder: Path, federation: Federation) -> None:
-    """Every client's adapters and the server's, with what is needed to use them in the metadata.
+    """Write the adapters of every client and of the server, with metadata that suffices to load them.
 
-    Clients of a sequential method hold nothing of their own: only the server's are written.
+    Clients of a sequential method have no adapters of their own: only the server's are written.
     """
     engine, config = federation.engine, federation.config
-    about = {
+    metadata = {
         "format": "pt",
         "weights": federation.weights_fingerprint,
         "method": config.method,
@@ -174,7 +172,7 @@ def _save_adapters(folder: Path, federation: Federation) -> None:
     }
     if engine.stateful_clients:
         for slot, row in zip(federation.slots, federation.rows):
-            about["client"] = str(slot.client)
-            save_tensors(folder / client_file(slot.client), client_tensors(engine.bank, row), about)
+            metadata["client"] = str(slot.client)
+            save_tensors(folder / client_file(slot.client), client_tensors(engine.bank, row), metadata)
     if message := pack(shared_tensors(engine.bank, engine.server, federation.number)):
-        write_atomic(folder / SERVER_FILE, message)  # byte for byte what a client receives
+        write_atomic(folder / SERVER_FILE, message)  # the bytes that a client receives

@@ -1,8 +1,8 @@
-"""Many runs at once: learning rate × α × seed over one model and one partition, as slots of one bank.
+"""Sweeps: several runs at once, learning rate × α × seed over one model and one partition, as slots of one bank.
 
-A member of a sweep is a federation of its own: its clients have their own seeds, learning rates and adapters, and
-FedAvg never crosses members. So each member's folder is what `fastdlp.train` would have written, and can be evaluated,
-reported and made longer like any run. `sweep_folder.py` says what lies in a sweep's folder.
+Every member of a sweep is a federation of its own: its clients have their own seeds, learning rates and adapters, and
+FedAvg averages within a member only. Each member's folder is what `fastdlp.train` would have written, and can be
+evaluated, reported and resumed like any run. See `fastdlp.run.sweep_folder` for the files of a sweep.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from fastdlp.data.registry import check_name
 from fastdlp.errors import FastdlpError
 from fastdlp.files import remove_temporaries, write_atomic
 from fastdlp.methods import make_method, resolve
-from fastdlp.run.checkpoint import FILE as CHECKPOINT
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
-from fastdlp.run.folder import PARTITION, SUMMARY, RunFolder
+from fastdlp.run.folder import CHECKPOINT, PARTITION, SUMMARY, RunFolder
 from fastdlp.run.loop import Callbacks, Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, identity
 from fastdlp.run.setup import Federation, prepare_together
 from fastdlp.run.sweep_folder import SweepFolder, member_name
 
-FIGURES = (
+METRICS = (  # of a member's summary, also in the sweep's
     "zero_shot",
     "accuracy_last",
     "accuracy_best_test",
@@ -55,7 +54,7 @@ class Grid:
         """The members' resolved configs by name.
 
         Raises:
-            FastdlpError: an empty or repeated value, or a config that no sweep can have.
+            FastdlpError: an empty or repeated value, or a config that a sweep does not support.
         """
         for name, values in asdict(self).items():
             if not values:
@@ -76,7 +75,7 @@ class Grid:
                 f"--method {first.method} trains all weights of one copy: it cannot sweep; use fastdlp train for each"
             )
         if first.trace:
-            raise FastdlpError("--trace does not go with a sweep: trace the member that you want with fastdlp train")
+            raise FastdlpError("--trace is not supported in a sweep: trace a single member with fastdlp train")
         if first.pretrained == "none" and len(self.seed) > 1:
             raise FastdlpError("--pretrained none draws the weights from --seed: sweep one seed, or pass weights")
         return members
@@ -88,14 +87,14 @@ def sweep(
     """Run every member of a grid together and return the sweep's summary (the content of summary.json).
 
     Args:
-        config: what all members share; `out` names the sweep's folder.
-        grid: what they differ in; takes the place of the config's own lr, alpha and seed.
+        config: options that all members have in common; `out` is the sweep's folder.
+        grid: the members' values of lr, alpha and seed, in place of the config's.
         overwrite: replace a sweep that is already at `out`.
-        callbacks: see `Callbacks`; its rounds are those of the best member so far.
+        callbacks: see `Callbacks`; `finished_round` gets the line of the best member.
 
     Raises:
         FastdlpError: bad input, a disk that refuses, or every member diverged.
-        Stopped: the callbacks asked for it.
+        Stopped: `callbacks.should_stop` returned True.
     """
     begun = time.perf_counter()
     callbacks = callbacks or Callbacks()
@@ -114,11 +113,11 @@ def sweep(
 
 
 def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """Go on with a sweep that was stopped; returns its summary.
+    """Resume a sweep that was stopped; returns its summary.
 
     Raises:
         FastdlpError: not a sweep's folder, or a damaged one.
-        Stopped: the callbacks asked for it.
+        Stopped: `callbacks.should_stop` returned True.
     """
     begun = time.perf_counter()
     callbacks = callbacks or Callbacks()
@@ -142,15 +141,15 @@ def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, An
 def _run(
     folder: SweepFolder, federations: Sequence[Federation], finished: int, callbacks: Callbacks, begun: float
 ) -> dict[str, Any]:
-    """Rounds finished+1 … to the last of all members, then their summaries and the sweep's."""
+    """Run all members from round finished + 1 to the last; then write their summaries and the sweep's."""
     path, first = folder.path, federations[0]
     engine, rounds = first.engine, first.config.rounds or 0
     members = dict(zip(folder.members, federations))
-    identity_ = _identity(federations)
+    identities = _identity(federations)
 
     def checkpoint(number: int) -> None:
         if number:
-            save_checkpoint(path / CHECKPOINT, engine, range(engine.bank.slots), number, identity_)
+            save_checkpoint(path / CHECKPOINT, engine, range(engine.bank.slots), number, identities)
 
     def on_failure(recorder: Recorder, why: str) -> None:
         folder.fail(recorder.run.path.name, why)
@@ -164,9 +163,9 @@ def _run(
             stack.enter_context(run.locked())
         remove_temporaries(path)
         recorders = [Recorder(run, members[name], finished) for name, run in runs.items()]
-        told = replace(callbacks, started=lambda run, *facts: callbacks.started(path, *facts))
+        callbacks_ = replace(callbacks, started=lambda run, *facts: callbacks.started(path, *facts))
         try:
-            ended = run_rounds(recorders, finished, told, begun, checkpoint, on_failure)
+            ended = run_rounds(recorders, finished, callbacks_, begun, checkpoint, on_failure)
         except Stopped as stopped:
             raise Stopped(path, stopped.finished, stopped.rounds, "sweep") from None
         summaries = {}
@@ -188,19 +187,19 @@ def _check_alive(folder: SweepFolder) -> None:
 def summarise_sweep(
     members: Mapping[str, Federation], summaries: Mapping[str, dict[str, Any]], failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Members and settings side by side. What is picked is picked on validation, or not at all.
+    """The metrics of all members and settings, and the setting with the highest accuracy on validation, if measured.
 
-    A setting (learning rate and α) has the means over its seeds, and none where a seed diverged.
+    The metrics of a setting (learning rate and α) are means over its seeds; None if a seed diverged.
     """
     rows: list[dict[str, Any]] = []
     for name, federation in members.items():
         c = federation.config
         row: dict[str, Any] = {"name": name, "lr": c.lr, "alpha": c.alpha, "seed": c.seed, "failed": failed.get(name)}
-        rows.append(row | {figure: summaries[name][figure] if name in summaries else None for figure in FIGURES})
+        rows.append(row | {metric: summaries[name][metric] if name in summaries else None for metric in METRICS})
     settings: list[dict[str, Any]] = []
     for lr, alpha in dict.fromkeys((row["lr"], row["alpha"]) for row in rows):
         seeds = [row for row in rows if (row["lr"], row["alpha"]) == (lr, alpha)]
-        means = {name: _mean([row[name] for row in seeds]) for name in FIGURES if not name.startswith("round")}
+        means = {name: _mean([row[name] for row in seeds]) for name in METRICS if not name.startswith("round")}
         settings.append({"lr": lr, "alpha": alpha, "seeds": [row["seed"] for row in seeds]} | means)
     judged = [setting for setting in settings if setting["accuracy_val_chosen"] is not None]
     picked = max(judged, key=lambda setting: setting["accuracy_val_chosen"], default=None)
@@ -219,6 +218,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _identity(federations: Sequence[Federation]) -> dict[str, str]:
-    """What the sweep's checkpoint must agree with: all that its members' must."""
+    """What must match between a sweep's checkpoint and the sweep that loads it: the identities of all members."""
     whole = json.dumps([identity(federation) for federation in federations], sort_keys=True)
     return {"members": hashlib.sha256(whole.encode()).hexdigest()}

@@ -1,9 +1,9 @@
-"""The folder of a sweep: its record, its members' run folders and what is written beside them.
+"""The folder of a sweep: its record and the run folders of its members.
 
-sweep.json                what was asked, and which members diverged
+sweep.json                names of the members, and which of them diverged
 lr0.001-alpha0.1-seed0/   a run folder for every member
-checkpoint.safetensors    all members' state while the sweep runs
-summary.json              members side by side, and what validation picks
+checkpoint.safetensors    state of all members while the sweep runs
+summary.json              results of the members, and the setting that is best on validation
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.files import check_free, read_json, write_atomic
-from fastdlp.run.checkpoint import FILE as CHECKPOINT
-from fastdlp.run.folder import CONFIG, SUMMARY, RunFolder
+from fastdlp.run.folder import CHECKPOINT, CONFIG, SUMMARY, RunFolder, read_summary
 
 FILE = "sweep.json"
 _NUMBER = r"\d[\d.e+-]*"
@@ -33,12 +32,12 @@ def member_name(config: TrainConfig) -> str:
 
 
 class SweepFolder:
-    """One sweep's folder, which holds a record.
+    """The folder of one sweep, which holds a record.
 
     Attributes:
         path: the folder.
-        members: the names of the members' folders.
-        failed: the members that diverged, each with a line that says how.
+        members: names of the members' folders.
+        failed: the members that diverged, each with a one-line reason.
 
     Raises:
         FastdlpError: the folder holds no record, or a damaged one.
@@ -46,7 +45,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         if not (path / FILE).is_file():
-            raise FastdlpError(f"{path} is not a sweep: name the folder that fastdlp sweep made")
+            raise FastdlpError(f"{path} is not a sweep: name a folder that fastdlp sweep wrote")
         self.path = path
         document = read_json(path / FILE, "sweep")
         document = document if isinstance(document, dict) else {}
@@ -68,7 +67,7 @@ class SweepFolder:
 
     @staticmethod
     def create(path: Path, members: Sequence[str], overwrite: bool) -> SweepFolder:
-        """Make the folder with its record, in the place of an earlier sweep where it may be replaced.
+        """Create the folder with its record; with `overwrite`, an earlier sweep is removed first.
 
         Raises:
             FastdlpError: as `check_free`; another process writes to the earlier sweep; the disk refuses.
@@ -80,7 +79,7 @@ class SweepFolder:
         return SweepFolder(path)
 
     def fail(self, member: str, why: str) -> None:
-        """Note that a member diverged."""
+        """Record that a member diverged."""
         self.failed[member] = why
         _write(self.path, self.members, self.failed)
 
@@ -95,13 +94,7 @@ class SweepFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """The summary, or None while the sweep has not ended. Raises FastdlpError for a damaged one."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
-        summary = read_json(path, "summary")
-        if not isinstance(summary, dict) or not {"config", "members", "settings"} <= set(summary):
-            raise FastdlpError(f"{path} is not a sweep's summary: remove it and go on with --resume {self.path}")
-        return summary
+        return read_summary(self.path, {"config", "members", "settings"})
 
 
 def _write(path: Path, members: Sequence[str], failed: dict[str, str]) -> None:
@@ -109,7 +102,7 @@ def _write(path: Path, members: Sequence[str], failed: dict[str, str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a sweep, whatever its record says: what has a member's name, and the files beside."""
+    """Remove a sweep by the names of its files, since its record may be damaged."""
     members = [run for run in path.iterdir() if run.is_dir() and not run.is_symlink() and _MEMBER.fullmatch(run.name)]
     with ExitStack() as stack:
         for run in members:

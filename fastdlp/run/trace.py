@@ -1,4 +1,4 @@
-"""What anyone needs to replay a run with an implementation of their own.
+"""The trace of a run: all that another implementation needs to repeat it.
 
     trace/round-0000.safetensors      the start: every client's adapters and the server's
     trace/round-0001.safetensors …    every client's adapters before aggregation, the server's after it
@@ -6,7 +6,7 @@
 
 Tensors are fp32, named `c{client}/{branch}/{block}.{q|k|v|out|fc1|fc2}/{A|B|gate}` and
 `c{client}/{branch}/proj/{A|B|gate}`; the server's begin with `server/` in place of `c{client}/`. Heads and whole
-encoders have the names of their own tensors behind the branch. Full fine-tuning leaves the server's alone.
+encoders have the names of their own tensors after the branch. Full fine-tuning writes the server's only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from fastdlp.adapters.serialization import client_tensors, save_tensors, shared_tensors
 from fastdlp.engine.engine import Engine
 from fastdlp.errors import FastdlpError
-from fastdlp.run.folder import cut_lines
+from fastdlp.run.folder import truncate_lines
 
 FOLDER, BATCHES = "trace", "batches.jsonl"
 
 
 class Trace:
-    """Writes the trace of one run, from the round that `finished` names on; a new run's start is its round 0."""
+    """Writes the trace of one run, whose first `finished` rounds are written already; a new run starts with round 0."""
 
     def __init__(self, run: Path, engine: Engine, ids: Sequence[str], finished: int = 0) -> None:
         self.path, self.engine, self.ids = run / FOLDER, engine, ids
@@ -34,14 +34,14 @@ class Trace:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
-        cut_lines(self.path / BATCHES, finished)
+        truncate_lines(self.path / BATCHES, finished)
         self._clients: dict[str, Tensor] = {}
         if not finished:
             self.before_aggregation()
             self.write(0)
 
     def before_aggregation(self) -> None:
-        """Keep every client's adapters as they are now."""
+        """Copy every client's adapters."""
         bank = self.engine.bank
         if not self.engine.stateful_clients:
             return

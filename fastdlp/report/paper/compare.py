@@ -1,7 +1,7 @@
-"""Our figures beside the paper's: finished runs in, rows out. Accuracies in percent, spreads over seeds population std.
+"""Compares finished runs with the paper's results. Accuracies are in percent; std is the population's, over seeds.
 
-A row is a dict that goes into the CSV file as it is. None stands for what is not there: a run that is missing, a
-figure that was not published, a difference to other data or to another target.
+A row is a dict of the columns of the CSV file. None stands for a missing run, a result that was not published, and a
+difference between results of different data or targets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDS = ("last", "best")
 
 
 def read_runs(plan: Plan, missing: Sequence[str | None] = ()) -> dict[Cell, list[Ledger]]:
-    """Every finished run of a table by its entry; `missing` holds the folders to leave out."""
+    """The finished runs of a table by entry; `missing` are the folders to leave out."""
     return {
         cell: [
             read_ledger(Path(str(config.out)))
@@ -33,30 +33,23 @@ def read_runs(plan: Plan, missing: Sequence[str | None] = ()) -> dict[Cell, list
 
 
 def compare(plan: Plan, found: Found) -> list[Row]:
-    """The rows of a table: each entry, then what was published of data sets that did not run."""
-    rows = [_ROWS[plan.table.kind](plan, cell, ledgers) for cell, ledgers in found.items()]
-    others = DATASETS if plan.rehearsal and plan.table.kind != "curve" else ()
-    rows += [
-        _ROWS[plan.table.kind](plan, Cell(encoder, beta, method, dataset), [])
-        for encoder in plan.encoders
-        for beta in plan.betas
-        for dataset in others
-        for method in plan.methods
-    ]
-    if plan.table.kind == "accuracy" and (plan.rehearsal or set(plan.datasets) == set(DATASETS)):
-        rows += [
-            _average(plan, Cell(encoder, beta, method, AVERAGE), rows)
-            for encoder in plan.encoders
-            for beta in plan.betas
-            for method in plan.methods
-        ]
-    datasets = (*plan.datasets, *others, AVERAGE)
-    order = [(e, b, d, m) for e in plan.encoders for b in plan.betas for d in datasets for m in plan.methods]
-    return sorted(rows, key=lambda row: order.index((row["encoder"], row["beta"], row["dataset"], row["method"])))
+    """The rows of a table; in a smoke run also the published results for the data sets that did not run."""
+    kind = plan.table.kind
+    datasets = plan.datasets + (DATASETS if plan.smoke and kind != "curve" else ())
+    average = kind == "accuracy" and set(DATASETS) <= set(datasets)
+    rows: list[Row] = []
+    for encoder in plan.encoders:
+        for beta in plan.betas:
+            cells = [Cell(encoder, beta, method, dataset) for dataset in datasets for method in plan.methods]
+            part = [_ROWS[kind](plan, cell, found.get(cell, [])) for cell in cells]
+            if average:
+                part += [_average(plan, Cell(encoder, beta, method, AVERAGE), part) for method in plan.methods]
+            rows += part
+    return rows
 
 
 def curve_rows(plan: Plan, found: Found) -> list[Row]:
-    """Accuracy by round, a row per entry and round."""
+    """Accuracy by round: a row per entry and round."""
     return [
         _head(cell, ledgers) | {"round": lines[0]["round"]} | _spread("accuracy", [line["accuracy"] for line in lines])
         for cell, ledgers in found.items()
@@ -68,53 +61,48 @@ def _accuracy(plan: Plan, cell: Cell, ledgers: Sequence[Ledger]) -> Row:
     row = _head(cell, ledgers)
     for which in ROUNDS:
         row |= _spread(which, [ledger.at(which)["accuracy"] for ledger in ledgers])
-    figures = published(plan.table, cell)
-    row |= {"paper": figures.get("mean"), "paper_std": figures.get("std")}
+    paper = published(plan.table, cell)
+    row |= {"paper": paper.get("mean"), "paper_std": paper.get("std")}
     return row | {"difference": _difference(row[plan.report], row["paper"])}
 
 
 def _average(plan: Plan, cell: Cell, rows: Sequence[Row]) -> Row:
-    """Over the data sets, as the paper takes it: mean of the means and mean of the spreads."""
-    mine = [
-        row
-        for row in rows
-        if (row["encoder"], row["beta"], row["method"]) == (cell.encoder, cell.beta, cell.method)
-        and row["dataset"] in DATASETS
-    ]
-    average = _accuracy(plan, cell, []) | {"seeds": min(row["seeds"] for row in mine)}
+    """Over the data sets, as in the paper: the mean of the means and the mean of the standard deviations."""
+    own = [row for row in rows if row["method"] == cell.method and row["dataset"] in DATASETS]
+    average = _accuracy(plan, cell, []) | {"seeds": min(row["seeds"] for row in own)}
     for name in (f"{which}{part}" for which in ROUNDS for part in ("", "_std")):
-        average[name] = fmean(row[name] for row in mine) if average["seeds"] else None
+        average[name] = fmean(row[name] for row in own) if average["seeds"] else None
     return average | {"difference": _difference(average[plan.report], average["paper"])}
 
 
 def _clients(plan: Plan, cell: Cell, ledgers: Sequence[Ledger]) -> Row:
     row = _head(cell, ledgers)
-    figures = published(plan.table, cell)
+    paper = published(plan.table, cell)
     for name in ("std", "lowest"):
         for which in ROUNDS:
             values = [100 * ledger.at(which)[f"clients_{name}"] for ledger in ledgers]
             row[f"{name}_{which}"] = fmean(values) if values else None
-        row[f"{name}_paper"] = figures.get(name)
+        row[f"{name}_paper"] = paper.get(name)
         row[f"{name}_difference"] = _difference(row[f"{name}_{plan.report}"], row[f"{name}_paper"])
     return row
 
 
 def _communication(plan: Plan, cell: Cell, ledgers: Sequence[Ledger]) -> Row:
-    """Every seed by itself; MB and bytes are means over the seeds that reach the target."""
-    figures = published(plan.table, cell)
-    target = figures["target"] if plan.target is None else round(100 * plan.target, 6)
+    """Rounds of each seed; MB and bytes are means over the seeds that reach the target."""
+    paper = published(plan.table, cell)
+    target = paper["target"] if plan.target is None else round(100 * plan.target, 6)
     rounds = [ledger.rounds_to(target / 100) for ledger in ledgers]
     reached = [(ledger, number) for ledger, number in zip(ledgers, rounds) if number is not None]
-    same = target == figures.get("target")
+    same = target == paper.get("target")
     row = _head(cell, ledgers) | {
         "target": target if cell.dataset in plan.datasets else None,
         "seeds_reaching": len(reached),
         "rounds": " ".join("never" if number is None else str(number) for number in rounds),
         "mb": fmean(ledger.paper_mb(number) for ledger, number in reached) if reached else None,
         "bytes": round(fmean(ledger.true_bytes(number) for ledger, number in reached)) if reached else None,
-        "paper_target": figures.get("target"),
-        "paper_rounds": figures.get("rounds"),
-        "paper_mb": figures.get("mb"),
+        "paper_target": paper.get("target"),
+        "paper_rounds": paper.get("rounds"),
+        "paper_mb": paper.get("mb"),
     }
     return row | {"difference": _difference(row["mb"], row["paper_mb"]) if same else None}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.report.paper.tables import paper_mb
-from fastdlp.run.folder import METRICS, SUMMARY, RunFolder
+from fastdlp.run.folder import SUMMARY, RunFolder
 
-_FIGURES = ("accuracy", "clients_std", "clients_lowest")
+_HINT = "remove the run's folder and run it again"
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A finished run: its config, the lines of its rounds, and the parameters that a client sends in a round."""
+    """A finished run: its config, the lines of its rounds, and the parameters that a client sends per round."""
 
     path: Path
     config: TrainConfig
@@ -26,11 +25,11 @@ class Ledger:
     parameters: int
 
     def at(self, report: str) -> dict[str, Any]:
-        """The line of the last round, or of the best one on test (the first of equals)."""
+        """The line of the "last" round, or of the "best" one on test (the first of equals)."""
         return self.lines[-1] if report == "last" else max(self.lines, key=lambda line: line["accuracy"])
 
     def rounds_to(self, target: float) -> int | None:
-        """The first round whose accuracy reaches `target` (a fraction); None where none does."""
+        """The first round whose accuracy reaches `target` (a fraction); None if no round does."""
         return next((line["round"] for line in self.lines if line["accuracy"] >= target), None)
 
     def paper_mb(self, rounds: int) -> float:
@@ -40,7 +39,7 @@ class Ledger:
     def true_bytes(self, rounds: int) -> int:
         """Bytes of the messages that one client sent and received in the first rounds.
 
-        All clients that train exchange the same; one without training samples sends nothing and is not meant.
+        All clients that train exchange the same; a client without training samples sends nothing and is left out.
         """
         per_client: dict[int, int] = {}
         for line in self.lines[:rounds]:
@@ -51,7 +50,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read a finished run's folder; nothing in it is changed.
+    """Read the folder of a finished run without changing it.
 
     Raises:
         FastdlpError: not a run, not finished, or damaged.
@@ -63,33 +62,18 @@ def read_ledger(path: Path) -> Ledger:
         raise FastdlpError(f"{path} has not ended: finish it with fastdlp train --resume {path}")
     parameters = summary.get("uploaded_parameters")
     if not isinstance(parameters, int):
-        raise FastdlpError(f"{path / SUMMARY} does not tell uploaded_parameters: remove the folder and run it again")
-    return Ledger(path, config, _lines(path / METRICS, config.rounds or 0), parameters)
+        raise FastdlpError(f"{path / SUMMARY} lacks uploaded_parameters: {_HINT}")
+    return Ledger(path, config, folder.metrics(_checked, config.rounds or 0, _HINT), parameters)
 
 
-def _lines(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """The lines of rounds 1 to `rounds`, each checked for what is read from it."""
-    try:
-        raw = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise FastdlpError(f"cannot read {path}: {error.strerror or error}") from None
-    lines = []
-    for number, text in enumerate(raw, start=1):
-        try:
-            line = json.loads(text)
-            sound = line["round"] == number and all(math.isfinite(line[name]) for name in _FIGURES)
-            sound = sound and all(
-                isinstance(client[name], int)
-                for client in line["clients"]
-                for name in ("client", "bytes_sent", "bytes_received")
-            )
-        except (ValueError, TypeError, KeyError, RecursionError):
-            sound = False
-        if not sound or not line["clients"]:
-            raise FastdlpError(f"{path} is damaged in line {number}: remove the run's folder and run it again")
-        lines.append(line)
-    if len(lines) != rounds:
-        raise FastdlpError(
-            f"{path} holds {len(lines)} rounds and the run has {rounds}: remove the run's folder and run it again"
-        )
-    return lines
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl with the entries that are read here. Raises one of `DAMAGED`."""
+    if not all(math.isfinite(line[name]) for name in ("accuracy", "clients_std", "clients_lowest")):
+        raise ValueError("a metric is not finite")
+    if not line["clients"]:
+        raise ValueError("it has no clients")
+    for client in line["clients"]:
+        for name in ("client", "bytes_sent", "bytes_received"):
+            if not isinstance(client[name], int):
+                raise ValueError(f"{name} is not an integer")
+    return line

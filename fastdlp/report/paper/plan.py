@@ -1,8 +1,8 @@
-"""From what was asked to the runs that a table needs."""
+"""The runs that a table needs, from the options of `fastdlp reproduce`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from fastdlp.config import EMBEDDED_MODEL, TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
-from fastdlp.report.paper.tables import DATASETS, REHEARSAL, Cell, Table, find_table
+from fastdlp.report.paper.tables import DATASETS, SMOKE, Cell, Table, find_table
 from fastdlp.run.folder import CONFIG
 
 SEEDS = (0, 1, 42)
 PAPER_MODEL = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
 PAPER_ROUNDS = 100  # the default of the paper's protocol
-REHEARSAL_TARGET = 0.95
+SMOKE_TARGET = 0.95
 PARTITION_SEEDS = ("fixed", "seed")
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """A table as it was asked for. `options` are those of `TrainConfig` that all runs have in common."""
+    """A table or a part of it. `options` are those of `TrainConfig` that all runs have in common."""
 
     name: str
     table: Table
@@ -40,17 +40,17 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def rehearsal(self) -> bool:
-        """Whether the runs are of digits, so that no published figure can be compared with them."""
-        return self.datasets == (REHEARSAL,)
+    def smoke(self) -> bool:
+        """Whether the runs are smoke runs on digits, which no published result can be compared with."""
+        return self.datasets == (SMOKE,)
 
     @property
     def report(self) -> str:
-        """The round whose accuracy counts, "last" or "best" on test."""
+        """The round whose accuracy is reported, "last" or "best" on test."""
         return str(resolve(self.config(self.cells()[0], self.seeds[0])).report)
 
     def cells(self) -> list[Cell]:
-        """The table's entries in its order."""
+        """The table's entries, in order."""
         return [
             Cell(encoder, beta, method, dataset)
             for encoder in self.encoders
@@ -60,7 +60,7 @@ class Plan:
         ]
 
     def config(self, cell: Cell, seed: int) -> TrainConfig:
-        """One run, with a folder whose name tells it."""
+        """The config of one run, with its folder."""
         partition_seed = seed if self.partition_seeds == "seed" else 0
         name = f"{cell.dataset}-{cell.method}-{cell.encoder}-beta{cell.beta:g}-seed{seed}"
         if partition_seed:
@@ -95,79 +95,77 @@ def make_plan(
     lr: Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
-    """Check what was asked of a table and fill in the rest: all of the table, in the paper's setting.
+    """A plan from checked options; the default is the whole table in the paper's setting.
 
     Args:
         name: table1 … table8, figure2.
         runs: the folder that holds the run folders.
-        datasets, encoders, betas, methods: restrict the table. `datasets` = ["digits"] takes the embedded model.
+        datasets, encoders, betas, methods: restrict the table. `datasets` = ["digits"]: smoke runs, embedded model.
         seeds: of training, in place of 0, 1 and 42.
-        partition_seeds: "fixed": 0 for all seeds; "seed": each seed's own.
+        partition_seeds: "fixed": 0 for all seeds; "seed": equal to the training seed.
         target: accuracy as a fraction, in place of the paper's (communication tables only).
-        lr: "method=value" each, in place of the product's default.
+        lr: "method=value" each, in place of the method's default.
         options: of `TrainConfig`; None counts as not given.
 
     Raises:
-        FastdlpError: what the table does not hold, or a value that cannot be.
+        FastdlpError: an entry that the table does not have, or an invalid value.
     """
     table = find_table(name)
     if runs.exists() and not runs.is_dir():
         raise FastdlpError(f"--runs {runs} is not a folder: name another")
     if (runs / CONFIG).exists():
         raise FastdlpError(f"--runs {runs} is a run itself: name the folder that holds the runs")
-    chosen = _chosen("--dataset", datasets, (*DATASETS, REHEARSAL), DATASETS, name)
-    if REHEARSAL in chosen and len(chosen) > 1:
-        raise FastdlpError(f"--dataset {REHEARSAL} is a rehearsal with the embedded model: give it alone")
-    if table.kind == "curve" and betas:  # nothing was published, so any β will do
-        over = tuple(dict.fromkeys(betas))
-    else:
-        over = _chosen("--beta", betas, table.betas, table.betas, name)
+    smoke = SMOKE in (datasets or ())
+    if smoke and len(set(datasets or ())) > 1:
+        raise FastdlpError(f"--dataset {SMOKE} is a smoke run with the embedded model: give it alone")
+    known_betas = tuple(betas) if betas and table.kind == "curve" else table.betas  # a curve's β is not published
     if partition_seeds not in PARTITION_SEEDS:
         raise FastdlpError(f"unknown --partition-seeds {partition_seeds!r}: choose from {', '.join(PARTITION_SEEDS)}")
-    among = _chosen("--method", methods, table.methods, table.methods, name)
+    chosen_methods = _chosen("--method", methods, table.methods, name)
     given = {key: value for key, value in options.items() if value is not None}
-    if REHEARSAL in chosen:
-        given = {"model": EMBEDDED_MODEL} | given
-    elif "model" not in given:
-        given = PAPER_MODEL | given
+    if "model" not in given:
+        given = ({"model": EMBEDDED_MODEL} if smoke else PAPER_MODEL) | given
     plan = Plan(
         name=name,
         table=table,
         runs=runs,
-        datasets=chosen,
-        encoders=_chosen("--encoder", encoders, table.encoders, table.encoders, name),
-        betas=over,
-        methods=among,
+        datasets=(SMOKE,) if smoke else _chosen("--dataset", datasets, DATASETS, name, also=(SMOKE,)),
+        encoders=_chosen("--encoder", encoders, table.encoders, name),
+        betas=_chosen("--beta", betas, known_betas, name),
+        methods=chosen_methods,
         seeds=tuple(dict.fromkeys(seeds or SEEDS)),
         partition_seeds=partition_seeds,
-        target=_target(target, table, REHEARSAL in chosen),
-        lr=_learning_rates(lr or [], among, name),
+        target=_target(target, table, smoke),
+        lr=_learning_rates(lr or [], chosen_methods, name),
         options=given,
     )
     for config in plan.configs():
-        resolve(config)  # refuses what no run can have
+        resolve(config)  # refuses invalid values
     return plan
 
 
 def _chosen(
-    option: str, given: Sequence[T] | None, known: Iterable[T], everything: tuple[T, ...], table: str
+    option: str, given: Sequence[T] | None, known: tuple[T, ...], table: str, also: tuple[T, ...] = ()
 ) -> tuple[T, ...]:
-    """What was given, each once, or everything. Raises FastdlpError for what the table does not hold."""
+    """The values given, each once, or all known ones. Raises FastdlpError for one that the table does not have."""
     for value in given or ():
-        if value not in known:
-            raise FastdlpError(f"{table} has no {option} {value}: choose from {', '.join(map(str, known))}")
-    return tuple(dict.fromkeys(given)) if given else everything
+        if value not in known + also:
+            raise FastdlpError(f"{table} has no {option} {value}: choose from {', '.join(map(str, known + also))}")
+    return tuple(dict.fromkeys(given or known))
 
 
-def _target(given: float | None, table: Table, rehearsal: bool) -> float | None:
+def check_target(target: float | None) -> None:
+    """Raises FastdlpError for an accuracy that is not a fraction."""
+    if target is not None and not 0 < target <= 1:
+        raise FastdlpError(f"--target is {target:g}: give a fraction above 0 and up to 1, such as 0.88")
+
+
+def _target(given: float | None, table: Table, smoke: bool) -> float | None:
     """The accuracy to reach in place of the paper's, a fraction; None: the paper's."""
-    if given is None:
-        return REHEARSAL_TARGET if rehearsal and table.kind == "communication" else None
-    if table.kind != "communication":
+    if given is not None and table.kind != "communication":
         raise FastdlpError("--target belongs to table5 and table6: leave it out")
-    if not 0 < given <= 1:
-        raise FastdlpError(f"--target is {given:g}: give a fraction above 0 and up to 1, such as 0.88")
-    return given
+    check_target(given)
+    return SMOKE_TARGET if given is None and smoke and table.kind == "communication" else given
 
 
 def _learning_rates(given: Sequence[str], methods: Sequence[str], table: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ from fastdlp.files import read_json
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "assets" / "paper_tables.json"
 DATASETS = ("pets", "flowers", "aircraft", "dtd")
-REHEARSAL = "digits"
+SMOKE = "digits"  # the data set of a smoke run, with the embedded model
 AVERAGE = "average"
 ENCODERS = ("text", "image")
 PARAMETERS = {"text": 223_232, "image": 334_336}
@@ -23,7 +23,7 @@ Kind = Literal["accuracy", "clients", "communication", "ablation", "curve"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a table: its runs differ only in their seed."""
+    """One entry of a table; its runs differ in their seed only."""
 
     encoder: str
     beta: float
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What a table holds, data sets aside: all of them have the same four."""
+    """The entries of a table; the data sets are the same four in all tables."""
 
     kind: Kind
     title: str
@@ -44,8 +44,8 @@ class Table:
 
 _ALL, _TWO = ("local", "fedclip", "flora", "feddat", "feddlp"), ("combined", "feddlp")
 
-# Which number belongs to which table is inferred from the nesting of the file of published figures, which does
-# not number them; the β of Figure 2 is not known, 0.1 is this project's choice.
+# The numbers of the tables are inferred, since the file of published results does not contain them. The β of Figure 2
+# is not published; 0.1 is this project's choice.
 TABLES = {
     "table1": Table("accuracy", "Accuracy", _ALL, (0.1,)),
     "table2": Table("accuracy", "Accuracy", _ALL, (0.01,)),
@@ -69,21 +69,21 @@ def find_table(name: str) -> Table:
 
 
 def published(table: Table, cell: Cell) -> dict[str, float]:
-    """The paper's figures of a cell; empty where it has none (other data, Figure 2).
+    """The paper's results for a cell; empty where it has none (other data, Figure 2).
 
     Returns:
         accuracy: `mean` and `std`; clients: `std` and `lowest`; ablation: `mean`; all in percent.
-        communication: `target` in percent, `mb` in MiB up plus down, and the `rounds` that these MiB are.
+        communication: `target` in percent, `mb` in MiB up plus down, and the corresponding `rounds`.
     """
     if table.kind == "curve" or cell.dataset not in (*DATASETS, AVERAGE):
         return {}
-    figures = _published()[table.kind]
+    results = _published()[table.kind]
     beta = f"{cell.beta:g}"
     if table.kind == "communication":
-        entry = figures[cell.encoder][cell.dataset][beta]
+        entry = results[cell.encoder][cell.dataset][beta]
         mb = entry[cell.method]
         return {"target": entry["target"], "mb": mb, "rounds": round(mb / paper_mb(1, PARAMETERS[cell.encoder]))}
-    entry = figures[beta][cell.encoder][cell.method][cell.dataset]
+    entry = results[beta][cell.encoder][cell.method][cell.dataset]
     return {"mean": entry} if table.kind == "ablation" else entry
 
 
@@ -94,4 +94,4 @@ def paper_mb(rounds: int, parameters: int) -> float:
 
 @functools.cache
 def _published() -> dict[str, Any]:
-    return read_json(PUBLISHED, "published figures")
+    return read_json(PUBLISHED, "published results")

@@ -6,12 +6,15 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdlp.config import TrainConfig
+from fastdlp.files import write_atomic
 from fastdlp.methods import resolve
-from fastdlp.report.paper.compare import Row
+from fastdlp.report.paper.compare import ROUNDS, Row, compare, curve_rows, read_runs
 from fastdlp.report.paper.plan import PAPER_MODEL, PAPER_ROUNDS, Plan
+from fastdlp.report.paper.plot import draw_bars, draw_curves
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,9 +23,30 @@ NOTHING = "–"
 Column = tuple[str, Callable[[Row], str]]
 
 
+def write_comparison(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> list[Row]:
+    """Compare a table's finished runs with the paper and write it as .md, .csv and .png; returns the rows.
+
+    Raises:
+        FastdlpError: a damaged run, or a file that cannot be written.
+    """
+    found = read_runs(plan, [config.out for config in missing])
+    rows = compare(plan, found)
+    picture = f"{plan.name}.png"
+    curve = curve_rows(plan, found) if plan.table.kind == "curve" else None
+    write_atomic(folder / f"{plan.name}.md", markdown(plan, rows, missing, picture))
+    write_atomic(folder / f"{plan.name}.csv", csv_text(rows if curve is None else curve))
+    write_atomic(folder / picture, draw_bars(plan, rows) if curve is None else draw_curves(plan, curve))
+    return rows
+
+
 def columns(plan: Plan, missing: Sequence[TrainConfig]) -> list[Column]:
-    """The columns of a table behind its data set and method: heading, and a row's text."""
-    found = _COLUMNS[plan.table.kind](plan)
+    """The columns of a table after data set and method: heading, and the text of a row."""
+    if plan.table.kind == "communication":
+        found = _communication_columns()
+    elif plan.table.kind == "clients":
+        found = _result_columns(plan, "std", "std, ") + _result_columns(plan, "lowest", "lowest, ")
+    else:
+        found = _result_columns(plan)
     if missing:
         found.append(("seeds", lambda row: f"{row['seeds']} of {len(plan.seeds)}" if row["seeds"] else NOTHING))
     return found
@@ -37,11 +61,11 @@ def sections(plan: Plan, rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def notes(plan: Plan, missing: Sequence[TrainConfig]) -> list[str]:
-    """What a reader must know: the setting, what is compared with what, and what is missing."""
+    """The setting, how the results are computed, and what is missing, a sentence or two each."""
     configs = [resolve(config) for config in plan.configs()]
     first = configs[0]
     model = first.model if first.pretrained is None else f"{first.model} ({first.pretrained})"
-    by_method = {
+    rates = {
         method: " and ".join(sorted({f"{config.lr:g}" for config in configs if config.method == method}))
         for method in plan.methods
     }
@@ -49,22 +73,24 @@ def notes(plan: Plan, missing: Sequence[TrainConfig]) -> list[str]:
         f"Setting: {model}, {' '.join(plan.datasets)}, {first.rounds} rounds, {first.clients} clients, --protocol "
         f"{first.protocol}, {first.precision}; training seeds {' '.join(map(str, plan.seeds))}; partition seed "
         f"{'0 for all of them' if plan.partition_seeds == 'fixed' else 'equal to the training seed'}"
-        " (the paper does not say which).",
-        "Learning rates: " + ", ".join(f"{method} {values}" for method, values in by_method.items()) + ".",
-        *_MEANING[plan.table.kind](plan),
+        " (the paper does not state it).",
+        "Learning rates: " + ", ".join(f"{method} {values}" for method, values in rates.items()) + ".",
+        *_explanation(plan),
     ]
     setting = {"model": first.model, "pretrained": first.pretrained, "rounds": first.rounds}
-    if plan.rehearsal and plan.table.kind != "curve":
+    if plan.smoke and plan.table.kind != "curve":
         found.append(
-            "This is a rehearsal on digits: the paper's figures are of other data and another model, and stand here "
-            "only to be seen; no difference is taken."
+            "This is a smoke run on digits: the paper's results are for other data and another model, and are shown "
+            "without differences."
         )
     elif setting != PAPER_MODEL | {"rounds": PAPER_ROUNDS}:
         paper = f"{PAPER_MODEL['model']} ({PAPER_MODEL['pretrained']}), {PAPER_ROUNDS} rounds"
-        found.append(f"The paper's setting is another: {paper}.")
+        found.append(f"The paper's setting differs: {paper}.")
     if missing:
         names = ", ".join(str(config.out) for config in missing)
-        found.append(f"{len(missing)} of {len(configs)} runs are missing ({NOTHING} where none is there): {names}.")
+        found.append(
+            f"{len(missing)} of {len(configs)} runs are missing ({NOTHING} where an entry has no run): {names}."
+        )
     return found
 
 
@@ -101,7 +127,7 @@ def markdown(plan: Plan, rows: Sequence[Row], missing: Sequence[TrainConfig], pi
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """The rows to ten digits; an empty field where there is nothing, an empty file for no rows."""
+    """The rows to ten digits; an empty field for None, an empty file for no rows."""
     if not rows:
         return ""
     file = io.StringIO()
@@ -113,33 +139,28 @@ def csv_text(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
-def _accuracy_columns(plan: Plan) -> list[Column]:
-    return [*_rounds(plan, lambda which: (which, f"{which}_std")), *_paper("paper", "paper_std", "difference")]
+def _result_columns(plan: Plan, metric: str = "", heading: str = "") -> list[Column]:
+    """Our result in the last and in the best round, the reported one marked; then the paper's, and the difference.
+
+    Accuracy has no `metric`, but a standard deviation.
+    """
+
+    def ours(which: str) -> Column:
+        mark = " *" if which == plan.report else ""
+        name, std = (f"{metric}_{which}", "") if metric else (which, f"{which}_std")
+        return f"{heading}{which} round{mark}", lambda row: _with_std(row, name, std if row["seeds"] > 1 else "")
+
+    found = [ours(which) for which in ROUNDS]
+    if plan.table.kind != "curve":
+        prefix = f"{metric}_" if metric else ""
+        found.append(("paper", lambda row: _with_std(row, f"{prefix}paper", f"{prefix}paper_std")))
+        found.append(("difference", lambda row: _number(row[f"{prefix}difference"], "+.2f")))
+    return found
 
 
-def _curve_columns(plan: Plan) -> list[Column]:
-    return _rounds(plan, lambda which: (which, f"{which}_std"))
-
-
-def _clients_columns(plan: Plan) -> list[Column]:
-    return [
-        column
-        for name in ("std", "lowest")
-        for column in (
-            *((f"{name}, {head}", text) for head, text in _rounds(plan, lambda which, n=name: (f"{n}_{which}", ""))),  # type: ignore[misc]
-            *_paper(f"{name}_paper", "", f"{name}_difference"),
-        )
-    ]
-
-
-def _communication_columns(plan: Plan) -> list[Column]:
-    def ours(name: str, form: str) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
-            if row[name] is not None:
-                return format(row[name], form)
-            return "not reached" if row["seeds"] else NOTHING
-
-        return text
+def _communication_columns() -> list[Column]:
+    def ours(name: str, spec: str) -> Callable[[Row], str]:
+        return lambda row: "not reached" if row[name] is None and row["seeds"] else _number(row[name], spec)
 
     return [
         ("target %", lambda row: _number(row["target"], "g")),
@@ -153,93 +174,42 @@ def _communication_columns(plan: Plan) -> list[Column]:
     ]
 
 
-_COLUMNS: dict[str, Callable[[Plan], list[Column]]] = {
-    "accuracy": _accuracy_columns,
-    "ablation": _accuracy_columns,
-    "curve": _curve_columns,
-    "clients": _clients_columns,
-    "communication": _communication_columns,
-}
-
-
-def _rounds(plan: Plan, names: Callable[[str], tuple[str, str]]) -> list[Column]:
-    """Our figure in the last and in the best round, the reported one marked."""
-
-    def column(which: str) -> Column:
-        mean, std = names(which)
-        return f"{which} round" + (" *" if which == plan.report else ""), lambda row: _with_spread(row, mean, std)
-
-    return [column("last"), column("best")]
-
-
-def _paper(mean: str, std: str, difference: str) -> list[Column]:
-    return [
-        ("paper", lambda row: _with_spread(row, mean, std)),
-        ("difference", lambda row: _number(row[difference], "+.2f")),
-    ]
-
-
-def _with_spread(row: Row, mean: str, std: str) -> str:
+def _with_std(row: Row, mean: str, std: str) -> str:
     text = _number(row[mean], ".2f")
-    alone = row[mean] is None or row.get(std) is None or (row["seeds"] == 1 and not mean.startswith("paper"))
-    return text if alone else f"{text} ± {row[std]:.2f}"
+    return text if row[mean] is None or row.get(std) is None else f"{text} ± {row[std]:.2f}"
 
 
-def _number(value: Any, form: str) -> str:
-    return NOTHING if value is None else format(value, form)
+def _number(value: Any, spec: str) -> str:
+    return NOTHING if value is None else format(value, spec)
 
 
-def _accuracy_meaning(plan: Plan) -> list[str]:
+def _explanation(plan: Plan) -> list[str]:
+    """How the results of a table are computed."""
+    kind = plan.table.kind
+    if kind == "communication":
+        found = [
+            "A seed's rounds: up to the first whose accuracy (Σcorrect/Σn on test) reaches the target. MB and bytes "
+            "are of one client, up and down, mean over the seeds that reach it.",
+            "MB as the paper counts: 2 × rounds × round(4 bytes × exchanged parameters / 2^20, 3). Bytes of messages: "
+            "as recorded by the run, headers included.",
+        ]
+        return found if plan.target is None else [*found, f"The target {100 * plan.target:g} % is not the paper's."]
     which = {"last": "the last round", "best": "the round that is best on test"}[plan.report]
-    return [
+    reported = f"* is the reported round of these runs (--report), {which}"
+    if kind == "clients":
+        return [
+            "std: population standard deviation of accuracy over the clients that have test samples; lowest: the "
+            "lowest client; in percent, mean over seeds.",
+            f"{reported}; differences are it minus the paper's.",
+        ]
+    accuracy = (
         "Accuracy is Σcorrect/Σn over all clients, in percent, mean ± population standard deviation over seeds; "
-        "best round: each seed's own, chosen on test.",
-        f"* is the reported round of these runs (--report), {which}; differences are it minus the paper's, whose ± is "
-        "over seeds too.",
-    ]
-
-
-def _curve_meaning(plan: Plan) -> list[str]:
-    which = {"last": "the last round", "best": "the round that is best on test"}[plan.report]
-    return [
-        _accuracy_meaning(plan)[0],
-        f"* is the reported round of these runs (--report), {which}. The paper has a picture and no figures.",
-    ]
-
-
-def _average_meaning(plan: Plan) -> list[str]:
-    average = "average: mean of the four data sets' means, ± mean of their deviations, as the paper's."
-    return [*_accuracy_meaning(plan), average]
-
-
-def _ablation_meaning(plan: Plan) -> list[str]:
-    other = "The paper's ablation has no ±, and its figures of FEDDLP are not those of its tables 1 and 2."
-    return [*_accuracy_meaning(plan), other]
-
-
-def _clients_meaning(plan: Plan) -> list[str]:
-    which = {"last": "the last round", "best": "the round that is best on test"}[plan.report]
-    return [
-        "std: population standard deviation of accuracy over the clients that have test samples; lowest: the lowest "
-        "client; in percent, mean over seeds.",
-        f"* is the reported round of these runs (--report), {which}; differences are it minus the paper's.",
-    ]
-
-
-def _communication_meaning(plan: Plan) -> list[str]:
-    return [
-        "A seed's rounds: up to the first whose accuracy (Σcorrect/Σn on test) reaches the target. MB and bytes are "
-        "of one client, up and down, mean over the seeds that reach it.",
-        "MB as the paper counts: 2 × rounds × round(4 bytes × exchanged parameters / 2^20, 3). Bytes of messages: "
-        "what the run's ledger counts, headers included.",
-        *([f"The target {100 * plan.target:g} % is not the paper's."] if plan.target is not None else []),
-    ]
-
-
-_MEANING: dict[str, Callable[[Plan], list[str]]] = {
-    "accuracy": _average_meaning,
-    "ablation": _ablation_meaning,
-    "curve": _curve_meaning,
-    "clients": _clients_meaning,
-    "communication": _communication_meaning,
-}
+        "best round: each seed's own, chosen on test."
+    )
+    if kind == "curve":
+        return [accuracy, f"{reported}. The paper has a picture and no numbers."]
+    last = {
+        "accuracy": "average: mean of the four data sets' means, ± mean of their deviations, as in the paper.",
+        "ablation": "The paper's ablation has no ±, and its results of FEDDLP are not those of its tables 1 and 2.",
+    }[kind]
+    return [accuracy, f"{reported}; differences are it minus the paper's, whose ± is over seeds too.", last]
