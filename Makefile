@@ -1,7 +1,7 @@
 # make          what there is to make
 # Everything runs in .venv, which `make .venv` creates.
 .DEFAULT_GOAL := help
-.PHONY: help test test-slow lint format bench ci
+.PHONY: help test slow lint format bench ci
 
 help: ## this list
 	@grep -E '^[.a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,7 +13,7 @@ help: ## this list
 test: .venv ## the tests but the slow ones
 	.venv/bin/pytest -q -n 2 --dist worksteal -m "not slow"
 
-test-slow: .venv ## the slow tests: compilers, other processes, wrong variants, other libraries
+slow: .venv ## the slow tests: compilers, other processes, wrong variants, other libraries
 	.venv/bin/pytest -q -n 2 --dist worksteal -m slow
 
 lint: .venv ## ruff and the type checker

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastdlp.kernels.frozen import Norm
 from fastdlp.kernels.groups import RowGroups
-from tests.awkward import PHI, Draw, cases, dual_lora, dual_lora_reference, in_fp64, operands, values_and_gradients
+from tests.awkward import PHI, Draw, dual_lora, dual_lora_reference, in_fp64, operands, values_and_gradients
+from tests.pairs import cases
 
 GROUPS = {
     "one": RowGroups((7,)),

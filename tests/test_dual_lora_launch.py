@@ -18,7 +18,8 @@ from fastdlp.kernels.norm import down_product, norm_backward, norm_down_product
 from fastdlp.kernels.normalize import normalize
 from fastdlp.kernels.product import backward_product, forward_product
 from fastdlp.kernels.tiles import Tile
-from tests.awkward import DTYPES, GROUPS, PHI, Draw, assert_close, cases, exact, kernel_cases
+from tests.awkward import DTYPES, GROUPS, PHI, Draw, assert_close, exact, kernel_cases
+from tests.pairs import cases
 
 pytestmark = pytest.mark.usefixtures("guarded")
 

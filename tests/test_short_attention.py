@@ -16,7 +16,8 @@ from fastdlp.kernels.short_attention import (
     short_attention_op,
 )
 from fastdlp.kernels.tiles import Tile
-from tests.awkward import DTYPES, PRECISIONS, Draw, assert_close, cases, exact
+from tests.awkward import DTYPES, PRECISIONS, Draw, assert_close, exact
+from tests.pairs import cases
 from tests.test_dual_lora_launch import loose
 
 # Largest error over largest entry, RMS error over RMS: about four times what was measured in fp32 and fp16. Those of
