@@ -231,6 +231,7 @@ def _wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_ctrl_c(few: Path, same_run: Same, tmp_path: Path, cli: Any) -> None:
     run, rounds = tmp_path / "a run [1] in a folder whose name is much longer than a line of eighty columns", 40
     fastdlp.train(_config(few, tmp_path / "whole", rounds=rounds))
@@ -264,6 +265,7 @@ def span(few: Path, whole: Path, same_run: Same, tmp_path_factory: pytest.TempPa
     return seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_kill_9(kill: int, span: float, few: Path, whole: Path, same_run: Same, tmp_path: Path, cli: Any) -> None:
     """Killed once in each of KILLS equal parts of the run, at a random moment of the part."""
