@@ -25,8 +25,8 @@ from fastdlp.export.file_format import write_adapter
 from fastdlp.export.open_clip_format import add
 from fastdlp.export.peft_format import write_peft
 from tests.hugging_face import clip_model
-from tests.pairs import cases
 from tests.models import tiny_clip
+from tests.pairs import cases
 
 SHAPE = TowerShape(layers=2, width=32, mlp=128, embed=16)  # the image tower of tests.models
 ABOUT = {"model": "tiny", "pretrained": ""}

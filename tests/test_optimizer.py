@@ -90,7 +90,7 @@ def test_inactive_slots_keep_their_bits(backend: str) -> None:
 def test_backend_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     for place in ("fastdlp.adapters.optimizer.adamw_reference", "fastdlp.kernels.adamw_triton.adamw_fused"):
-        monkeypatch.setattr(place, lambda *_, name=place.rpartition(".")[2]: called.append(name))
+        monkeypatch.setattr(place, lambda *_, name=place: called.append(name.rpartition(".")[2]))
     grads = torch.ones(1, D, device=DEVICE), torch.ones(1, Q, device=DEVICE)
     for backend in BACKENDS:
         update(state(), torch.tensor([1], device=DEVICE), grads, hyper(), backend)
