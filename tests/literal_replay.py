@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from fastdlp.data.partition_file import save_partition
 from fastdlp.data.registry import load_source
 from fastdlp.data.sources import ImageSource
 from tests.literal import DEFAULTS, PROTOCOLS, Federation, Settings
+from tests.sharing import once
 
 EACH, MOST, STRAY, NORM, BULK, ROUNDING = 2.0, 0.1, 2e-3, 2e-3, 3e-3, 1e-6  # see above
 BROKEN = 10 * NORM
@@ -194,18 +196,17 @@ def make_partition(path: Path, source: ImageSource, sizes: tuple[tuple[int, int]
 
 
 class Workshop:
-    """The models and data of this file's cases, and the runs made so far."""
+    """The models and data of this file's cases, and their runs, in a folder that other processes may use too."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         for seed, (name, config) in enumerate(MODELS.items()):
-            make_model(root / name, config, seed)
-        make_images(root / "images")
-        folder = f"folder:{root / 'images'}"
+            once(root / name, functools.partial(make_model, config=config, seed=seed))
+        folder = f"folder:{once(root / 'images', make_images)}"
         self.datasets = {"digits": "digits", "folder": folder, "pairs": folder}
         self.sources = {data: load_source(name) for data, name in self.datasets.items()}
         for data, source in self.sources.items():
-            make_partition(root / f"{data}.json", source, SIZES[data])
+            once(root / f"{data}.json", functools.partial(make_partition, source=source, sizes=SIZES[data]))
         self.members = {data: json.loads((root / f"{data}.json").read_text())["clients"] for data in SIZES}
         self.clip = functools.cache(self._clip)
         self.run = functools.cache(self._run)
@@ -252,21 +253,23 @@ class Workshop:
 
     def _run(self, case: Case) -> Path:
         """The folder of a finished run of fastdlp."""
-        out = self.root / f"run-{self.run.cache_info().misses}"
         model = case.model if case.model == "glyph-clip" else f"local-dir:{self.root / case.model}"
         dataset, partition = self.datasets[case.data], str(self.root / f"{case.data}.json")
-        fastdlp.train(
-            TrainConfig(
-                model=model,
-                dataset=dataset,
-                partition=partition,
-                device="cpu",
-                trace=True,
-                out=str(out),
-                **case.options,
+
+        def train(out: Path) -> None:
+            fastdlp.train(
+                TrainConfig(
+                    model=model,
+                    dataset=dataset,
+                    partition=partition,
+                    device="cpu",
+                    trace=True,
+                    out=str(out),
+                    **case.options,
+                )
             )
-        )
-        return out
+
+        return once(self.root / f"run-{hashlib.sha256(repr(case).encode()).hexdigest()[:16]}", train)
 
     def batches(self, case: Case, number: int) -> list[tuple[int, list[int]]]:
         """(client, samples) of one round, in the trace's order."""

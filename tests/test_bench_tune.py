@@ -278,6 +278,7 @@ def test_another_architecture_cannot_be_measured(gpu: torch.device) -> None:
         tuned(gpu, "80", "bf16")
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_in_other_processes(device: torch.device) -> None:
     case = next(tune._cases("down", TINY, ROWS))
     jobs = [("down", "fp32", case, tile) for tile in (tile_for("down", device, 4), Tile(blocks={}))]

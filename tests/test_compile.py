@@ -43,6 +43,7 @@ def result() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_nothing_spills_and_everything_fits(result: dict[str, Any]) -> None:
     assert result["never_taken"] == []
     assert {row["arch"] for row in result["rows"]} == {"80", "90"}
@@ -52,10 +53,12 @@ def test_nothing_spills_and_everything_fits(result: dict[str, Any]) -> None:
         assert row["shared"] <= {"80": 163, "90": 227}[row["arch"]] * 1024, row
 
 
+@pytest.mark.slow
 def test_no_kernel_has_a_fault(result: dict[str, Any]) -> None:
     assert [fault for row in result["rows"] for fault in row["faults"]] == []
 
 
+@pytest.mark.slow
 def test_no_kernel_is_left_out(result: dict[str, Any]) -> None:
     trees = [ast.parse(path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
     kernels = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -66,6 +69,7 @@ def test_no_kernel_is_left_out(result: dict[str, Any]) -> None:
     assert described == {"90"}  # TMA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_large_products_run_on_tensor_cores(result: dict[str, Any], arch: str) -> None:
     rows = [row for row in result["rows"] if row["kernel"].startswith("product") and row["arch"] == arch]
@@ -79,6 +83,7 @@ def test_large_products_run_on_tensor_cores(result: dict[str, Any], arch: str) -
         assert all(code.endswith(".bf16") for code in codes), row
 
 
+@pytest.mark.slow
 def test_a_tile_too_large_fails() -> None:
     """A product of 256 × 128 with 4 warps has twice the accumulators that 4 warps have registers for."""
     done = compiling("-c", OVERSIZED)
@@ -105,6 +110,7 @@ print(json.dumps([figures, faults(job, figures)]))
 """
 
 
+@pytest.mark.slow
 def test_ptxas_is_heard_also_of_what_is_cached(tmp_path: Path) -> None:
     """Compiled, from the cache, and from a cache without the log; the kernel's operands are host tensor descriptors."""
     (tmp_path / "descriptors.py").write_text(DESCRIPTORS)
@@ -203,6 +209,7 @@ def test_what_makes_a_kernel_fail(job: dict[str, Any], changes: dict[str, Any], 
     assert told is None or told in faults[0]
 
 
+@pytest.mark.slow
 def test_a_row_that_nothing_takes_is_told() -> None:
     done = compiling("-c", DEAD_ROW)
     assert done.returncode == 0, done.stderr

@@ -139,6 +139,7 @@ def runs(four: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return one, two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["feddlp", "text", "local", "idle"])
 def test_two_processes_equal_one_to_the_bit(name: str, runs: tuple[Path, Path], same_run: Same) -> None:
     """Config, partition, every figure and loss, the trace, checkpoint and adapters."""
@@ -146,12 +147,14 @@ def test_two_processes_equal_one_to_the_bit(name: str, runs: tuple[Path, Path], 
     same_run(two / name, one / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-two", "two-one"])
 def test_goes_on_with_another_number_of_processes(name: str, runs: tuple[Path, Path], same_run: Same) -> None:
     one, two = runs
     same_run(two / name, one / "feddlp")
 
 
+@pytest.mark.slow
 def test_the_run_exercises_what_is_merged(runs: tuple[Path, Path]) -> None:
     """Clients of both processes with moments, pruned gates and one server, or equality would prove little."""
     state = load_file(runs[1] / "feddlp" / "checkpoint.safetensors")
@@ -162,6 +165,7 @@ def test_the_run_exercises_what_is_merged(runs: tuple[Path, Path]) -> None:
     assert torch.equal(weights, weights[:1].expand_as(weights))
 
 
+@pytest.mark.slow
 def test_the_mean_is_the_same_to_the_bit(runs: tuple[Path, Path]) -> None:
     """Also with n_k/n that no float holds: n_k · weights and their sum are exact in fp64, and divided once."""
     one, two = (load_file(folder / "thirds" / "trace" / "round-0001.safetensors") for folder in runs)
@@ -173,6 +177,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flora", "fedfft"])
 def test_other_shapes_and_sums_agree_to_rounding(name: str, runs: tuple[Path, Path]) -> None:
     """Chunks of other clients (flora), and a sum of two fp32 sums (fedfft): losses to 1e-4; of the server's weights, as
@@ -200,6 +205,7 @@ def test_other_shapes_and_sums_agree_to_rounding(name: str, runs: tuple[Path, Pa
         assert (run / "trace" / "batches.jsonl").read_bytes() == (one / "trace" / "batches.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_processes_tell_each_other(rank: int, runs: tuple[Path, Path]) -> None:
     heard = json.loads((runs[1] / f"{rank}.json").read_text())
@@ -296,6 +302,7 @@ def test_in_python_too(four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_taken(four: Path, runs: tuple[Path, Path]) -> None:
     """One line for all processes, soon, and nothing written."""
     run = runs[0] / "flora"
@@ -312,6 +319,7 @@ def test_a_folder_that_is_taken(four: Path, runs: tuple[Path, Path]) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_ctrl_c(four: Path, same_run: Same, tmp_path: Path, cli: Any) -> None:
     """torchrun hands it to all processes; they stop after the same round, and the run goes on to the same bits."""
     run, rounds = tmp_path / "run", 60

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdlp.kernels.frozen import Norm
 from fastdlp.kernels.groups import RowGroups
 from tests.awkward import PHI, Draw, dual_lora, dual_lora_reference, in_fp64, operands, values_and_gradients
+from tests.pairs import cases
 
 GROUPS = {
     "one": RowGroups((7,)),
@@ -62,13 +63,10 @@ def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str) -
         assert worst <= tolerance, f"{what}: {worst:.2e} > {tolerance:.0e}"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("parts", "rank", "width", "out"), [(1, 2, 8, 16), (3, 6, 10, 7), (2, 16, 33, 5), (1, 1, 1, 1)]
-)
-@pytest.mark.parametrize("name", GROUPS)
-def test_equals_the_formula(name: str, parts: int, rank: int, width: int, out: int, dtype: torch.dtype) -> None:
-    groups = GROUPS[name]
+@cases(name=GROUPS, shape=[(1, 2, 8, 16), (3, 6, 10, 7), (2, 16, 33, 5), (1, 1, 1, 1)], dtype=TOLERANCE)
+def test_equals_the_formula(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """shape: parts, R, K and N of a part."""
+    groups, (parts, rank, width, out) = GROUPS[name], shape
     operands = problem(groups, parts, rank, width, out, dtype)
     dy = torch.randn(groups.rows, parts * out, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y, grads = run(dual_lora, operands, groups, dy)
@@ -116,10 +114,14 @@ def test_reference_normalizes_activates_and_adds_as_written() -> None:
         assert torch.allclose(y, phi(plain) + residual, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("activation", PHI)
-@pytest.mark.parametrize(("norm", "residual", "bias"), [(True, True, True), (True, False, False), (False, True, True)])
-@pytest.mark.parametrize("name", ["ragged", "views", "empty ends", "nobody"])
+@cases(
+    name=["ragged", "views", "empty ends", "nobody"],
+    norm=[True, False],
+    residual=[True, False],
+    bias=[True, False],
+    activation=PHI,
+    dtype=TOLERANCE,
+)
 def test_equals_the_formula_with_norm_activation_and_residual(
     name: str, norm: bool, residual: bool, bias: bool, activation: str, dtype: torch.dtype
 ) -> None:

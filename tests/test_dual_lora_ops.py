@@ -23,11 +23,11 @@ from tests.awkward import (
     PRECISIONS,
     Draw,
     assert_close,
-    cases,
     dual_lora,
     dual_lora_reference,
     exact,
     in_fp64,
+    kernel_cases,
     operands,
     values_and_gradients,
 )
@@ -52,9 +52,9 @@ def check(arguments: dict[str, Any], dy: Tensor, precision: str, **options: Any)
 
 
 @pytest.mark.usefixtures("guarded")
-@cases(
-    "ranks shape activation bias norm residual",
-    ranks=[(1, 4), (3, 6), (1, 1), (2, 16), (1, 17), (3, 2)],  # parts, R
+@kernel_cases(
+    GROUPS,
+    ranks=[(1, 1), (3, 6), (2, 16), (1, 17)],  # parts, R
     shape=[(64, 96), (100, 50), (33, 40), (130, 16), (1, 1)],  # K, N of a part
     activation=list(PHI),
     bias=[True, False],
@@ -146,9 +146,11 @@ def test_same_bits_every_run(precision: str, device: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's word for what is meant here
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize(
-    ("middle", "value"), [(7, float("nan")), (7, float("inf")), (0, float("nan"))], ids=["nan", "inf", "no rows"]
+    ("what", "middle", "value"),
+    [(what, 7, float("nan")) for what in ("x", "residual", "A", "B", "c")]
+    + [(what, 7, float("inf")) for what in ("x", "A", "c")]
+    + [(what, 0, float("nan")) for what in "ABc"],  # adapters of nobody's rows
 )
-@pytest.mark.parametrize("what", ["x", "residual", "A", "B", "c"])
 def test_a_slot_that_has_diverged_stays_alone(what: str, middle: int, value: float, device: torch.device) -> None:
     """All three slots share a tile. The second shows what it holds, and the others do not see it."""
     groups = RowGroups((10, middle, 20))
@@ -200,31 +202,29 @@ LAYOUTS = {
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("what", ["x", "weight", "A", "B", "c", "residual", "dy"])
-def test_strides(what: str, layout: str, device: torch.device) -> None:
-    """Numbers are the same wherever they lie: two parts, two views."""
-    draw = Draw(device, torch.float32)
+@pytest.mark.parametrize("first", range(len(LAYOUTS)))
+def test_strides(first: int, device: torch.device) -> None:
+    """Numbers are the same wherever they lie: two parts, two views. Every operand has every layout once, all at a time
+    another one."""
+    draw, layouts = Draw(device, torch.float32), [*LAYOUTS.values()]
     arguments, dy = operands(draw, SMALL, 2, 4, 20, 24, norm=True, residual=True), draw(44, 48)
-    if what == "dy":
-        dy = LAYOUTS[layout](dy)
-    else:
-        arguments[what] = LAYOUTS[layout](arguments[what])
-    check(arguments, dy, "fp32", activation="quick_gelu")
+    names = ["x", "weight", "A", "B", "c", "residual", "dy"]
+    laid_out = {
+        name: layouts[(first + number) % len(layouts)](tensor)
+        for number, (name, tensor) in enumerate(zip(names, [*(arguments[n] for n in names[:-1]), dy]))
+    }
+    dy = laid_out.pop("dy")
+    check(arguments | laid_out, dy, "fp32", activation="quick_gelu")
 
 
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("layout", [_every_second, lambda t: t[:1].expand(t.shape)], ids=["every second", "expanded"])
-@pytest.mark.parametrize("what", ["bias", "norm.weight", "norm.bias"])
-def test_strides_of_a_vector(what: str, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+def test_strides_of_the_vectors(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Bias, and weight and bias of the norm."""
     arguments, dy = fp32(device, norm=True), Draw(device, torch.float32, 1)(44, 48)
     norm = arguments["norm"]
-    if what == "bias":
-        arguments["bias"] = layout(arguments["bias"])
-    elif what == "norm.weight":
-        arguments["norm"] = Norm(layout(norm.weight), norm.bias, norm.eps)
-    else:
-        arguments["norm"] = Norm(norm.weight, layout(norm.bias), norm.eps)
+    arguments["bias"] = layout(arguments["bias"])
+    arguments["norm"] = Norm(layout(norm.weight), layout(norm.bias), norm.eps)
     check(arguments, dy, "fp32")
 
 
@@ -388,8 +388,10 @@ CONFIGURATIONS = [  # groups, bias, norm, residual, activation, keep
     ("small", True, False, True, "gelu", False),
     ("nobody", False, True, False, "gelu_tanh", True),
 ]
+NEEDS = [(True, True), (False, True), (True, False)]  # dx, the adapters' gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bias", "norm", "residual", "activation", "keep"), CONFIGURATIONS)
 def test_opcheck(
     name: str, bias: bool, norm: bool, residual: bool, activation: str, keep: bool, device: torch.device
@@ -405,13 +407,15 @@ def test_opcheck(
     if keep:
         with torch.no_grad():
             y, *saved = forward_pass(*forward)
-        for need in ((True, True), (False, True), (True, False)):
+        for need in NEEDS:
             backward = (*_backward_arguments(forward, y, saved), *need)
             torch.library.opcheck(torch.ops.fastdlp.dual_lora_backward.default, backward)
 
 
-@pytest.mark.parametrize("need", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize(("name", "bias", "norm", "residual", "activation", "keep"), CONFIGURATIONS)
+@pytest.mark.parametrize(
+    ("name", "bias", "norm", "residual", "activation", "keep", "need"),
+    [(*CONFIGURATIONS[number % 5], NEEDS[number % 3]) for number in range(7)],
+)
 def test_fakes_are_laid_out_like_what_runs(
     name: str,
     bias: bool,
@@ -482,6 +486,7 @@ def test_compiles_in_one_graph(device: torch.device) -> None:
             assert torch.equal(ours, eager)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -149,8 +149,14 @@ def assert_same_and_moved(found: Tensor, run: Path, client: int | None, view: tu
 # -- PEFT ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["image", "text", "tiny-image", "tiny-text"])
-@pytest.mark.parametrize("client", [CLIENT, None])
+@pytest.mark.parametrize(
+    ("name", "client"),
+    [
+        ("tiny-image", CLIENT),
+        ("tiny-text", None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("image", None), ("text", CLIENT))),
+    ],
+)
 def test_peft_loads_what_a_run_exports(name: str, client: int | None, runs: Path, tmp_path: Path) -> None:
     facts = export_adapter(runs / name, tmp_path / "adapter", "peft", client)
     assert (facts["rank"], facts["lora_alpha"]) == ((4, 16) if client else (2, 16))
@@ -167,6 +173,7 @@ def test_a_client_of_a_method_without_private_adapter(runs: Path, tmp_path: Path
     assert all(torch.equal(first[k], server[k]) and torch.equal(second[k], server[k]) for k in server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("feddat", (2, 2)), ("combined", (4, 2)), ("combined-3-5", (3, 5))])
 def test_branches_that_one_forward_adds_become_one_adapter(
     name: str, ranks: tuple[int, int], runs: Path, tmp_path: Path
@@ -178,6 +185,7 @@ def test_branches_that_one_forward_adds_become_one_adapter(
     assert_same_and_moved(peft_logits(runs / name, tmp_path / "adapter"), runs / name, CLIENT, ("local", "global"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "linears"), [("image", 4 * 6 + 1), ("text", 2 * 6 + 1)])
 def test_peft_adapts_one_tower_only(name: str, linears: int, runs: Path, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -230,8 +238,9 @@ def test_towers_that_transformers_does_not_have(
 # -- open_clip ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["image", "text", "tiny-image", "tiny-text"])
-@pytest.mark.parametrize("client", [CLIENT, None])
+@pytest.mark.parametrize(
+    ("name", "client"), [("image", CLIENT), ("text", None), ("tiny-image", None), ("tiny-text", CLIENT)]
+)
 def test_open_clip_loads_the_merged_folder(name: str, client: int | None, runs: Path, tmp_path: Path) -> None:
     export_adapter(runs / name, tmp_path / "model", "open_clip", client)
     net = open_clip.create_model(f"local-dir:{tmp_path / 'model'}")

@@ -26,6 +26,7 @@ from fastdlp.export.open_clip_format import add
 from fastdlp.export.peft_format import write_peft
 from tests.hugging_face import clip_model
 from tests.models import tiny_clip
+from tests.pairs import cases
 
 SHAPE = TowerShape(layers=2, width=32, mlp=128, embed=16)  # the image tower of tests.models
 ABOUT = {"model": "tiny", "pretrained": ""}
@@ -66,9 +67,8 @@ def test_both_forms_come_back_exactly(encoder: str, tmp_path: Path) -> None:
     assert found.about == ABOUT | {"encoder": encoder}
 
 
-@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
+@cases(tower=["vision_model", "text_model"], rslora=[False, True], dtype=[torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_what_peft_saved_computes_the_same_here(tower: str, rslora: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     """On some linears of one tower, as users of PEFT do; merged into open_clip's weights here."""

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from fastdlp.kernels import frozen
 from fastdlp.kernels.frozen import ONEDNN, frozen_linear, frozen_linear_backward
+from tests.pairs import cases
 
 SHAPES = [(0, 8, 8), (1, 1, 1), (63, 100, 96), (257, 768, 100), (401, 512, 100), (1000, 300, 257)]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("rows", "width", "out"), SHAPES)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.usefixtures("threads")
-def test_equals_the_product(rows: int, width: int, out: int, biased: bool, dtype: torch.dtype) -> None:
+@cases(shape=SHAPES, dtype=TOLERANCE, biased=[False, True], threads=[1, 2])
+def test_equals_the_product(
+    shape: tuple[int, int, int], dtype: torch.dtype, biased: bool, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(threads)
+    rows, width, out = shape
     g = torch.Generator().manual_seed(0)
     x, weight, bias, dy = (
         torch.randn(s, generator=g).to(dtype) for s in ((rows, width), (out, width), (out,), (rows, out))

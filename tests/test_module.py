@@ -342,7 +342,7 @@ class Little(nn.Module):
         return F.gelu(self.fc(x + self.attn(x, x, x, need_weights=False)[0]))[:, 0] @ self.proj
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     model = randomise(adapt(Little(), ["attn", "fc", "proj"], slots=2, backend=backend, **OPTIONS)).to(DEVICE)

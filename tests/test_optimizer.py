@@ -11,6 +11,7 @@ from fastdlp.adapters import optimizer as module
 from fastdlp.adapters.bank import BranchState
 from fastdlp.adapters.optimizer import Hyperparameters, update
 from fastdlp.kernels.adamw import adamw_reference, reference_threshold, soft_threshold
+from tests.pairs import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "triton")
@@ -30,37 +31,47 @@ def hyper(**options: object) -> Hyperparameters:
     return Hyperparameters(lr, lr * 0.5, xi, torch.ones(SLOTS, device=DEVICE), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("threshold", ["soft", "reference"])
-def test_equals_torch_for_every_slot(backend: str, clip_norm: float, weight_decay: float, threshold: str) -> None:
-    h = hyper(clip_norm=clip_norm, weight_decay=weight_decay, threshold=threshold)
-    ours = state()
-    theirs = []
+@cases(
+    optimizer=["adamw", "adam"],
+    threshold=["soft", "reference"],
+    eps=[1e-8, 1e-2],
+    weight_decay=[0.0, 0.1],
+    clip_norm=[0.0, 0.5],
+    backend=BACKENDS,
+)
+def test_equals_torch_for_every_slot(
+    optimizer: str, threshold: str, eps: float, weight_decay: float, clip_norm: float, backend: str
+) -> None:
+    """Every slot with its own learning rates and step count; gradients are clipped before a decay is added to them."""
+    h = hyper(clip_norm=clip_norm, weight_decay=weight_decay, eps=eps, optimizer=optimizer, threshold=threshold)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    thresholded = {"soft": soft_threshold, "reference": reference_threshold}[threshold]
+    ours, theirs = state(), []
     for slot in range(SLOTS):
         w, gate = ours.weights[slot].clone().requires_grad_(), ours.gates[slot].clone().requires_grad_()
         groups = [{"params": [w], "lr": h.lr[slot].item()}, {"params": [gate], "lr": h.gate_lr[slot].item()}]
-        theirs.append((w, gate, torch.optim.AdamW(groups, weight_decay=weight_decay)))
+        theirs.append((w, gate, kind(groups, eps=eps, weight_decay=weight_decay)))
     g = torch.Generator().manual_seed(1)
     for active in ([0, 1, 2, 3], [2, 0], [3], [0, 1, 2, 3]):  # the set shrinks and grows; step counts differ
         weight_grads = torch.randn(len(active), D, generator=g).to(DEVICE)
         gate_grads = (torch.randn(len(active), Q, generator=g) * 1e-3).to(DEVICE)
+        given = weight_grads.clone(), gate_grads.clone()
         update(ours, torch.tensor(active, device=DEVICE), (weight_grads, gate_grads), h, backend)
+        assert torch.equal(weight_grads, given[0])  # a caller's gradients stay as they are
+        assert torch.equal(gate_grads, given[1])
         for row, slot in enumerate(active):
-            w, gate, optimizer = theirs[slot]
+            w, gate, steps = theirs[slot]
             w.grad, gate.grad = weight_grads[row].clone(), gate_grads[row].clone()
             if clip_norm:
                 torch.nn.utils.clip_grad_norm_([w], clip_norm)
-            optimizer.step()
-            thresholded = {"soft": soft_threshold, "reference": reference_threshold}[threshold]
+            steps.step()
             gate.data = thresholded(gate.data, h.xi[slot])
-        for slot, (w, gate, optimizer) in enumerate(theirs):
+        for slot, (w, gate, steps) in enumerate(theirs):
             assert torch.allclose(ours.weights[slot], w, rtol=1e-6, atol=1e-7)
             assert torch.allclose(ours.gates[slot], gate, rtol=1e-6, atol=1e-7)
             for param, m, v in ((w, ours.weights_m, ours.weights_v), (gate, ours.gates_m, ours.gates_v)):
-                assert torch.allclose(m[slot], optimizer.state[param]["exp_avg"], rtol=1e-6, atol=1e-7)
-                assert torch.allclose(v[slot], optimizer.state[param]["exp_avg_sq"], rtol=1e-6, atol=1e-10)
+                assert torch.allclose(m[slot], steps.state[param]["exp_avg"], rtol=1e-6, atol=1e-7)
+                assert torch.allclose(v[slot], steps.state[param]["exp_avg_sq"], rtol=1e-6, atol=1e-10)
     assert ours.steps.tolist() == [3, 2, 3, 3]
 
 
@@ -78,55 +89,12 @@ def test_inactive_slots_keep_their_bits(backend: str) -> None:
 
 def test_backend_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for form in ("adamw_reference", "adamw_fused"):
-        monkeypatch.setattr(f"fastdlp.adapters.optimizer.{form}", lambda *_, form=form: called.append(form))
+    for place in ("fastdlp.adapters.optimizer.adamw_reference", "fastdlp.kernels.adamw_triton.adamw_fused"):
+        monkeypatch.setattr(place, lambda *_, name=place: called.append(name.rpartition(".")[2]))
     grads = torch.ones(1, D, device=DEVICE), torch.ones(1, Q, device=DEVICE)
     for backend in BACKENDS:
         update(state(), torch.tensor([1], device=DEVICE), grads, hyper(), backend)
     assert called == ["adamw_reference", "adamw_fused"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
-@pytest.mark.parametrize("eps", [1e-8, 1e-2])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_equals_torch_s_optimizers(
-    optimizer: str, eps: float, weight_decay: float, clip_norm: float, backend: str
-) -> None:
-    """Every slot with its own learning rates and step count; gradients are clipped before a decay is added to them."""
-    options = hyper(clip_norm=clip_norm, weight_decay=weight_decay, eps=eps, optimizer=optimizer)
-    ours, theirs = state(), []
-    for slot in range(SLOTS):
-        weights, gate = ours.weights[slot].clone().requires_grad_(), ours.gates[slot].clone().requires_grad_()
-        groups = [
-            {"params": [weights], "lr": options.lr[slot].item()},
-            {"params": [gate], "lr": options.gate_lr[slot].item()},
-        ]
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
-        theirs.append((weights, gate, kind(groups, eps=eps, weight_decay=weight_decay)))
-    g = torch.Generator().manual_seed(1)
-    for active in ([0, 1, 2, 3], [2, 0], [3], [0, 1, 2, 3]):
-        weight_grads = torch.randn(len(active), D, generator=g).to(DEVICE)
-        gate_grads = (torch.randn(len(active), Q, generator=g) * 1e-3).to(DEVICE)
-        given = weight_grads.clone(), gate_grads.clone()
-        update(ours, torch.tensor(active, device=DEVICE), (weight_grads, gate_grads), options, backend)
-        assert torch.equal(weight_grads, given[0])  # a caller's gradients stay as they are
-        assert torch.equal(gate_grads, given[1])
-        for row, slot in enumerate(active):
-            weights, gate, optimizer = theirs[slot]
-            weights.grad, gate.grad = given[0][row].clone(), given[1][row].clone()
-            if clip_norm:
-                torch.nn.utils.clip_grad_norm_([weights], clip_norm)
-            optimizer.step()
-            gate.data = soft_threshold(gate.data, options.xi[slot])
-        for slot, (weights, gate, optimizer) in enumerate(theirs):
-            assert torch.allclose(ours.weights[slot], weights, rtol=1e-6, atol=1e-6)
-            assert torch.allclose(ours.gates[slot], gate, rtol=1e-6, atol=1e-6)
-            moments = optimizer.state[weights]
-            assert torch.allclose(ours.weights_m[slot], moments["exp_avg"], rtol=1e-5, atol=1e-7)
-            assert torch.allclose(ours.weights_v[slot], moments["exp_avg_sq"], rtol=1e-5, atol=1e-10)
-    assert ours.steps.tolist() == [3, 2, 3, 3]
 
 
 def test_many_slots_step_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

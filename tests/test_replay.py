@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,9 +70,10 @@ from tests.literal_replay import BROKEN, LOSS, NORM, Case, Workshop, make_case, 
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+def workshop(shared: Path) -> Iterator[Workshop]:
     """With caches in a folder of its own, and one thread: these models are too small for more."""
-    root = tmp_path_factory.mktemp("replay")
+    root = shared / "replay"
+    root.mkdir(exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -184,7 +186,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Every method with every encoder, both protocols, every model, and what else a loop may do once; the others are slow.
+QUICK = [
+    *("tiny-image-paper", "tiny-text-reference", "odd-image-reference", "odd-text-paper"),
+    *("local-text-reference", "flora-image-paper", "flora-adam", "sora-image"),
+    *("feddat-tiny-image-paper", "feddat-odd-text-reference", "combined-tiny-text-paper", "combined-comeback"),
+    *("fedclip-tiny-image-reference", "fedclip-fast", "fedaa-image", "fedaa-text-reference", "fedlc-tiny"),
+    *("fedvmlc-tiny", "fedfft-tiny-text-paper", "fedfft-tiny-both-reference", "fedfft-odd-image-reference"),
+    *("epochs-text-reference", "small-micro-batch", "gates-come-back", "ranks"),
+]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in QUICK)])
 def test_run_is_the_literal_algorithm(workshop: Workshop, name: str) -> None:
     case = CASES[name]
     run = workshop.run(case)
@@ -405,6 +418,7 @@ MUTANTS: dict[str, tuple[Case, type[Federation], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_another_algorithm_is_told_apart(workshop: Workshop, name: str) -> None:
     """The bounds are not empty: a literal loop with one thing wrong misses them by far."""
@@ -430,6 +444,7 @@ SCORED: dict[str, tuple[Case, type[Federation]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED)
 def test_another_score_is_told_apart(workshop: Workshop, name: str) -> None:
     """Correct counts show which model clients are scored with."""

@@ -73,6 +73,7 @@ def test_the_rest_is_resumed_to_the_same_bits(
     same_run(runs / name, finished / name)
 
 
+@pytest.mark.slow
 def test_jobs_make_the_same_runs(finished: Path, tmp_path: Path) -> None:
     """One is started and one resumed, each in a process of its own, with other threads and so to rounding."""
     configs = _configs(tmp_path / "runs", "local", "flora")
@@ -91,7 +92,7 @@ def test_jobs_make_the_same_runs(finished: Path, tmp_path: Path) -> None:
                 assert (ours[key] - tensor).norm() < 1e-3 * tensor.norm()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
     """Long before their end, with a checkpoint of the rounds that are recorded, and the third was never begun."""
     configs = [replace(config, rounds=99) for config in _configs(tmp_path / "runs", "local", "flora", "feddlp")]
@@ -108,7 +109,7 @@ def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
         resume(first, callbacks=Callbacks(should_stop=lambda: True))
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_fails_is_named(jobs: int, tmp_path: Path, cli: CLI) -> None:
     code, out, err = cli(
         "reproduce", "table1", *FLAGS, "--method", "flora", "--lr", "flora=1e38", "--runs", tmp_path / "runs",

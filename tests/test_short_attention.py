@@ -10,7 +10,8 @@ from fastdlp.kernels.attention import PLAIN_TOKENS, SHORT_TOKENS, fits, self_att
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.short_attention import attention_backward, attention_forward
 from fastdlp.kernels.tiles import Tile
-from tests.awkward import DTYPES, PRECISIONS, Draw, assert_close, exact, pairwise
+from tests.awkward import DTYPES, PRECISIONS, Draw, assert_close, exact
+from tests.pairs import cases
 from tests.test_dual_lora_launch import loose
 
 # Largest error over largest entry, RMS error over RMS: about four times what was measured in fp32 and fp16. Those of
@@ -25,19 +26,13 @@ IMAGES = {
 }
 TILES = [None, *(Tile(blocks={"BLOCK_Q": rows, "HEADS": heads}) for rows, heads in ((16, 1), (64, 0)))]
 SHAPES = {
-    "tokens": [1, 5, 16, 50, 63, 77, 100, 128],
-    "heads": [1, 2, 3, 4],
+    "tokens": [1, 16, 50, 77, 128],
+    "heads": [1, 2, 3],
     "head_dim": [16, 32, 64],
     "causal": [False, True],
     "tile": TILES,
     "strided": [False, True],
 }
-
-
-def label(value: object) -> str | None:
-    if isinstance(value, Tile):
-        return "x".join(map(str, value.blocks.values()))
-    return "table" if value is None else None
 
 
 def attention(qkv: Tensor, heads: int, tokens: int, causal: bool) -> Tensor:
@@ -59,12 +54,7 @@ def low_rank(o: Tensor, down: Tensor, groups: RowGroups, tokens: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize(
-    ("precision", "name", "low", *SHAPES),
-    pairwise(precision=PRECISIONS, name=IMAGES, low=[(0, 0), (16, 0), (32, 3), (48, 8)], **SHAPES),
-    indirect=["precision"],
-    ids=label,
-)
+@cases(precision=PRECISIONS, name=IMAGES, low=[(0, 0), (16, 0), (32, 3), (48, 8)], **SHAPES)
 def test_forward(
     name: str,
     low: tuple[int, int],
@@ -95,12 +85,7 @@ def test_forward(
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize(
-    ("precision", "images", *SHAPES),
-    pairwise(precision=PRECISIONS, images=[1, 2, 0], **SHAPES),
-    indirect=["precision"],
-    ids=label,
-)
+@cases(precision=PRECISIONS, images=[1, 2, 0], **SHAPES)
 def test_backward(
     images: int,
     tokens: int,

@@ -346,6 +346,7 @@ def test_broken_between_the_ends_of_two_members(
     _same_sweep(whole[0], path, same_run)
 
 
+@pytest.mark.slow
 def test_killed_between_rounds(few: Path, same_run: Same, tmp_path: Path) -> None:
     """kill -9 while metrics are ahead of the checkpoint, then --resume: as if nothing had happened."""
     path, options = tmp_path / "sweep", ["--method", "flora", "--batch-size", "4", "--checkpoint-every", "2"]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastdlp.data.transform import Transform
 from fastdlp.errors import FastdlpError
+from tests.pairs import cases
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,10 +28,12 @@ def _image(kind: str) -> Image.Image:
     return image if kind == "RGB" else image.convert(kind)
 
 
-@pytest.mark.parametrize("kind", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "1 wide", "1 high", "16 bit"])
-@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [32, 75])
+@cases(
+    kind=["RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "1 wide", "1 high", "16 bit"],
+    resize_mode=["shortest", "squash"],
+    interpolation=["bicubic", "bilinear"],
+    size=[32, 75],
+)
 def test_bitwise_equal_to_open_clip(kind: str, resize_mode: str, interpolation: str, size: int) -> None:
     from open_clip.transform import image_transform
 
