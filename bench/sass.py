@@ -1,4 +1,4 @@
-"""The main loop of a kernel in SASS, as `cuobjdump -sass` prints it, and how often it waits, synchronises and loads.
+"""The main loop of a kernel in SASS, as `cuobjdump -sass` prints it: its tensor instructions, waits and copies.
 
 Loops are the natural loops of the control flow graph: a backward branch alone is none, because ptxas moves the retry of
 a failed wait (SYNCS) behind the kernel's end and branches back into the middle of the loop from there.
@@ -21,11 +21,8 @@ COUNTED: dict[str, Callable[[Instruction], bool]] = {
     "waits": lambda i: i.opcode.startswith("WARPGROUP.DEPBAR"),  # for wgmma
     "drains": lambda i: i.opcode.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0"),  # leave none in flight
     "barriers": lambda i: i.opcode.startswith(("BAR.SYNC", "BAR.RED")),
-    "syncs": lambda i: i.opcode.startswith("SYNCS.PHASECHK"),  # waits for an mbarrier, mostly TMA's
-    "shuffles": lambda i: i.name == "SHFL",
-    "ldg": lambda i: i.name == "LDG",
-    "cp_async": lambda i: i.name == "LDGSTS",
-    "tma": lambda i: i.name == "UTMALDG",
+    "loads": lambda i: i.name == "LDG",
+    "async_loads": lambda i: i.name in ("LDGSTS", "UTMALDG"),
 }
 
 
@@ -33,7 +30,6 @@ COUNTED: dict[str, Callable[[Instruction], bool]] = {
 class Instruction:
     """`@guard opcode operands` at an address."""
 
-    address: int
     guard: str
     opcode: str
     operands: str
@@ -44,7 +40,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes; the slow path of a diverged warp (BRA.DIV) is left out, as it repeats the fast one."""
+        """Of a branch; the slow path of a diverged warp (BRA.DIV) is left out, as it repeats the fast one."""
         if self.name != "BRA" or ".DIV" in self.opcode:
             return None
         return int(self.operands.split()[-1], 16)
@@ -58,60 +54,57 @@ class Instruction:
 
 
 def count_main_loop(sass: str) -> dict[str, int]:
-    """Counts of COUNTED for one iteration of the main loop, and "loop", its number of instructions.
+    """Counts of COUNTED for one iteration of the main loop.
 
-    The main loop is the innermost that holds tensor instructions; of several, one with asynchronous copies (a low-rank
-    product has a loop of its own, not pipelined), then the one with the most tensor instructions, then copies. Without
-    any it is the innermost with the most loads. A kernel without a loop is counted as a whole, with "loop" 0.
+    The main loop is the innermost that holds tensor instructions; of several, one with asynchronous loads (a low-rank
+    product has a loop of its own, not pipelined), then the one with the most tensor instructions, then loads. Without
+    any it is the innermost with the most loads. A kernel without a loop is counted as a whole.
     """
     code = {
-        int(address, 16): Instruction(int(address, 16), guard, opcode, operands.strip())
+        int(address, 16): Instruction(guard, opcode, operands.strip())
         for address, guard, opcode, operands in INSTRUCTION.findall(sass)
     }
     reached, loops = _natural_loops(code)
 
-    def count(body: set[int], name: str) -> int:
-        return sum(COUNTED[name](code[address]) for address in body)
-
     def size(body: set[int], *names: str) -> int:
-        return sum(count(body, name) for name in names)
+        return sum(COUNTED[name](code[address]) for address in body for name in names)
 
-    copies, tensor = ("cp_async", "tma"), ("hgmma", "hmma")
-    candidates = _innermost([loop for loop in loops if size(loop, *tensor)])
-    candidates = candidates or _innermost([loop for loop in loops if size(loop, "ldg", *copies)])
-    if not candidates:
-        return {name: count(reached, name) for name in COUNTED} | {"loop": 0}
-    main = max(
-        candidates,
-        key=lambda loop: (size(loop, *copies) > 0, size(loop, *tensor), size(loop, *copies), size(loop, "ldg")),
-    )
-    # Without the retries of failed waits, which are loops inside.
-    once = main.difference(*(loop for loop in loops if loop < main))
-    return {name: count(once, name) for name in COUNTED} | {"loop": len(once)}
+    def innermost(*names: str) -> list[set[int]]:
+        found = [loop for loop in loops if size(loop, *names)]
+        return [loop for loop in found if not any(other < loop for other in found)]
 
-
-def _innermost(loops: list[set[int]]) -> list[set[int]]:
-    return [loop for loop in loops if not any(other < loop for other in loops)]
+    candidates = innermost("hgmma", "hmma") or innermost("loads", "async_loads")
+    once = reached
+    if candidates:
+        main = max(
+            candidates,
+            key=lambda loop: (
+                size(loop, "async_loads") > 0,
+                size(loop, "hgmma", "hmma"),
+                size(loop, "async_loads"),
+                size(loop, "loads"),
+            ),
+        )
+        once = main.difference(*(loop for loop in loops if loop < main))  # without the retries of failed waits
+    return {name: size(once, name) for name in COUNTED}
 
 
 def _natural_loops(code: dict[int, Instruction]) -> tuple[set[int], list[set[int]]]:
     """The addresses that can be reached, and the loops as sets of addresses, one for every header."""
-    order = sorted(code)
-    after = dict(pairwise(order))
-    entry = order[0]
+    after = dict(pairwise(sorted(code)))
+    entry = min(code)
     before: dict[int, list[int]] = defaultdict(list)
     reached, todo = {entry}, [entry]
     while todo:
-        here = todo.pop()
-        instruction = code[here]
-        following = after.get(here) if instruction.falls_through else None
-        for address in {following, instruction.target}:
-            if address is None:
-                continue
-            before[address].append(here)
-            if address not in reached:
-                reached.add(address)
-                todo.append(address)
+        address = todo.pop()
+        instruction = code[address]
+        following = after.get(address) if instruction.falls_through else None
+        for successor in {following, instruction.target} - {None}:
+            assert successor is not None
+            before[successor].append(address)
+            if successor not in reached:
+                reached.add(successor)
+                todo.append(successor)
     loops: dict[int, set[int]] = {}
     for latch in reached:
         header = code[latch].target

@@ -31,7 +31,7 @@ from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.open_clip_format import FILE_PREPROCESSING, name_for_a_file
 from fastdlp.export.peft_format import twin, write_peft
 from fastdlp.kernels.groups import RowGroups
-from tests.hugging_face import clip_model
+from fastdlp.bench.baselines import hugging_face_clip as clip_model
 from tests.models import tiny_clip
 
 PROMPTS = [f"a photo of the number {i}." for i in range(10)]

@@ -24,7 +24,7 @@ from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.file_format import write_adapter
 from fastdlp.export.open_clip_format import add
 from fastdlp.export.peft_format import write_peft
-from tests.hugging_face import clip_model
+from fastdlp.bench.baselines import hugging_face_clip as clip_model
 from tests.models import tiny_clip
 
 SHAPE = TowerShape(layers=2, width=32, mlp=128, embed=16)  # the image tower of tests.models
