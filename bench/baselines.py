@@ -118,7 +118,7 @@ class PeftRounds:
 
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step on pixels [batch, 3, S, S] and labels [batch], as the paper describes it."""
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for adapter, other, weight in (("local", "global", ALPHA), ("global", "local", 1.0)):
             student = self._logits(adapter, pixels)
             with torch.no_grad():

@@ -104,7 +104,8 @@ def measure(call: Callable[[], Any], device: torch.device, milliseconds: float, 
     torch.cuda.synchronize(device)
     if graph:
         try:
-            return Times(*do_bench_cudagraph(call, rep=milliseconds, quantiles=QUANTILES), "graph")
+            low, middle, high = do_bench_cudagraph(call, rep=milliseconds, quantiles=QUANTILES)
+            return Times(low, middle, high, "graph")
         except RuntimeError:  # it waits for the device, or copies from the host
             torch.cuda.synchronize(device)
     return Times(*do_bench(call, warmup=milliseconds / 5, rep=milliseconds, quantiles=QUANTILES))
@@ -168,6 +169,8 @@ def print_table(console: Console, title: str, lines: Lines) -> None:
         table.add_column(column.replace(" ", "\n") if column not in TEXT else column, justify=justify, no_wrap=True)
     for line in lines:
         table.add_row(*line.values())
+    # A terminal that is too narrow wraps the lines; rich would cut the numbers.
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.print(table, highlight=False, markup=False, crop=False)
 
 

@@ -7,8 +7,8 @@ A point is whole rounds, training and averaging, of an engine that is built and 
 - ranks: nearly nothing, because the frozen products dominate;
 - uneven: a client with most of the samples steps alone once the others have finished, which costs more a sample.
 
-Weights, images and labels are random, which does not change the speed. Sample numbers point into a small pool of images,
-so that a thousand clients need memory for their adapters alone.
+Weights, images and labels are random, which does not change the speed. Sample numbers point into a small pool of
+images, so that a thousand clients need memory for their adapters alone.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def settings(
 
 
 def ragged_sizes(samples: int) -> tuple[int, ...]:
-    """Most samples for one client, the rest for nine, each about half of the one before, so that batches are not full."""
+    """Most samples for one client, the rest for nine, each about half of the one before: not all batches are full."""
     large = round(SKEW * samples)
     rest = samples - large - (FEW - 1)  # each client has one
     ends = np.cumsum(0.5 ** np.arange(FEW - 1))

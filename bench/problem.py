@@ -25,9 +25,9 @@ PETS = (
 TEMPLATE = "a photo of a {}."
 CLASSES = len(PETS)
 ALPHA = 0.1
-# By precision, so that an update shows in the next losses and rounding does not. At 1e-4 in fp32 entries whose first Adam
-# step changes sign by rounding (19 of 334,336 in fastdlp, 28 in PEFT, by fp64) move a divergence by 4 % two steps later;
-# 1e-5 is too small for bf16.
+# By precision, so that an update shows in the next losses and rounding does not. At 1e-4 in fp32, entries whose first
+# Adam step changes sign by rounding (19 of 334,336 in fastdlp, 28 in PEFT, by fp64) move a divergence by 4 % two steps
+# later; 1e-5 is too small for bf16.
 LR = {"fp32": 1e-5, "bf16": 1e-4}
 CHECKED = 3  # steps of every client whose losses are compared
 

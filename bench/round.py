@@ -364,9 +364,9 @@ def print_round(result: dict[str, Any], console: Console) -> None:
     ]
     peaks = ", ".join(f"{precision} {peak:.3g}" for precision, peak in result["peak_tflops"].items())
     explanation = (
-        "ms: of a step of all clients, the round's time over its steps; of peak: operations of the frozen products that "
-        f"the algorithm needs, over the measured peak (TFLOP/s: {peaks}); loss error: the largest of the steps that were "
-        "compared before the timing, relative to the loss's largest"
+        "ms: of a step of all clients, the round's time over its steps; of peak: operations of the frozen products "
+        f"that the algorithm needs, over the measured peak (TFLOP/s: {peaks}); loss error: the largest of the steps "
+        "that were compared before the timing, relative to the loss's largest"
     )
     common.print_facts(console, result | {"notes": notes}, explanation)
 

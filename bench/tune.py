@@ -260,18 +260,14 @@ def compile_ahead(
     Returns:
         How many ran within `seconds`.
     """
-    futures = [
-        pool.submit(_launch, kernel, DTYPES[precision], case, tile, device) for kernel, precision, case, tile in jobs
-    ]
+    futures = [pool.submit(_launch, *job, device) for job in jobs]
     finished, others = wait(futures, timeout=seconds)
-    for future in others:
-        future.cancel()
-    wait([future for future in others if not future.cancelled()])
+    wait([future for future in others if not future.cancel()])
     return sum(future.exception() is None for future in finished)
 
 
-def _launch(kernel: str, dtype: torch.dtype, case: Case, tile: Tile, device: torch.device) -> None:
-    make_work(kernel, case, dtype, device).run(tile)
+def _launch(kernel: str, precision: str, case: Case, tile: Tile, device: torch.device) -> None:
+    make_work(kernel, case, DTYPES[precision], device).run(tile)
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the processes share the memory

@@ -331,7 +331,7 @@ def _measure(
     output: Path | None,
     as_json: bool,
 ) -> dict[str, Any]:
-    """Measure with progress on stderr, write the JSON, and print it or its table, even where the file cannot be written.
+    """Measure with progress on stderr, write the JSON, and print it or its table even where writing fails.
 
     Exits with 1 where the result has "failed", after printing these lines on stderr.
     """

@@ -165,7 +165,7 @@ def _scaled(epoch: Any) -> Any:
 def test_a_result_grows_and_one_variant_loses_no_other(
     model: str, cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A variant that dies in its second round keeps its first; a wrong one is reported, and the exit code is of both."""
+    """A variant that dies in its second round keeps its first; a wrong one is reported; the exit code is of both."""
     features = baselines.PaperRounds._class_features
     monkeypatch.setattr(baselines.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
     train, rounds, sizes = fastdlp_rounds.EngineRounds.round, [0], []

@@ -15,9 +15,9 @@ import torch
 
 from fastdlp.adapters.branches import TowerShape
 from fastdlp.bench import tune
+from fastdlp.bench.common import Times
 from fastdlp.bench.each_tile import Work
 from fastdlp.bench.kernels import ImageTower
-from fastdlp.bench.common import Times
 from fastdlp.bench.tune import Notes, OutOfTime, RowClass, Timing, choose, compile_ahead, measure_kernel, replaced
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.tiles import Tile, table, tile_for
