@@ -119,7 +119,7 @@ class PeftRounds:
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step on pixels [batch, 3, S, S] and labels [batch], as the paper describes it."""
         losses: dict[str, Tensor] = {}
-        for adapter, other, weight in (("local", "global", ALPHA), ("global", "local", 1.0)):
+        for adapter, other, weight in (("local", "global", ALPHA), ("global", "local", None)):
             student = self._logits(adapter, pixels)
             with torch.no_grad():
                 teacher = self._logits(other, pixels)
@@ -138,13 +138,13 @@ class PeftRounds:
         return self.text
 
     def _update(
-        self, adapter: str, student: Tensor, teacher: Tensor, labels: Tensor, weight: float
+        self, adapter: str, student: Tensor, teacher: Tensor, labels: Tensor, weight: float | None
     ) -> dict[str, Tensor]:
-        """Train an adapter; returns its cross-entropy and divergence."""
+        """Train an adapter, the divergence weighted or not; returns its cross-entropy and divergence."""
         self.model.set_adapter(adapter)  # switches the adapter's gradients on again
         ce, kd = F.cross_entropy(student, labels), kl(student, teacher)
         self.optimizers[adapter].zero_grad()
-        (ce + weight * kd).backward()
+        (ce + (kd if weight is None else weight * kd)).backward()
         self.optimizers[adapter].step()
         return {f"ce_{adapter}": ce.detach(), f"kd_{adapter}": kd.detach()}
 
@@ -168,7 +168,7 @@ class PeftPreUpdateRounds(PeftRounds):
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         local, shared = self._logits("local", pixels), self._logits("global", pixels)
         losses = self._update("local", local, shared.detach(), labels, ALPHA)
-        return losses | self._update("global", shared, local.detach(), labels, 1.0)
+        return losses | self._update("global", shared, local.detach(), labels, None)
 
 
 class StrongestRounds(PeftRounds):

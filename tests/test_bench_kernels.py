@@ -169,7 +169,7 @@ def test_measure_gives_what_the_clock_says() -> None:
 
     times = common.measure(call, CPU, 30.0)
     assert 2.0 <= times.ms_20 <= times.ms_50 <= times.ms_80 < 20.0
-    assert 5 < len(calls) < 30
+    assert 5 < len(calls) < 60
 
 
 def test_command_line(
