@@ -1,8 +1,8 @@
-"""Which kernels CLIP's towers launch: whole towers run on tensors without content, and nothing is computed.
+"""The kernels that CLIP's towers launch, found by running towers on torch's device "meta".
 
-Nothing here describes a kernel. A tower of two blocks (one over all tokens, and the last one, which computes the pooled
-token alone) goes forward and backward with adapters from a bank, on torch's device "meta", then the bank's branches
-through the optimizer, and one linear through the public operator; `recording` lists what would be launched.
+A tower of two blocks (one over all tokens, and the last one, which computes the pooled token alone) runs forward and
+backward with adapters from a bank, then the bank's branches through the optimizer, and one linear through the operator;
+`recording` lists what would be launched.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Every kernel in every checked-in configuration, compiled without a GPU: registers, memory, tensor code, main loop.
+"""Every kernel in every configuration of tiles.json, compiled without a GPU, and the conditions that it has to meet.
 
-What is launched comes from `cases.py`; each launch is compiled as Triton's JIT would specialise it: a None and the
-integer 1 are constants, and addresses and integers divisible by 16 say so. Launches of the same code are compiled once.
+What is launched comes from `cases.py`; each launch is compiled as Triton's JIT would specialize it: a None and the
+integer 1 are constants, and addresses and integers divisible by 16 are marked so. Launches of the same code are
+compiled once. The result has a row for each kernel, architecture and dtype, with the worst value of all its tiles.
 
-A row fails when it has a stack or touches local memory (its registers did not suffice), asks for more shared memory
-than a block may have, multiplies large tiles of 16 bits without the tensor instruction of its architecture or waits for
-each of them, or when ptxas warns that it serializes wgmma (C75xx).
+A kernel fails when it has a stack or spills, asks for more shared memory than a block may have, multiplies large tiles
+of 16 bits without the tensor instruction of its architecture or without asynchronous loads, waits for each HGMMA, or
+when ptxas warns that it serializes wgmma (C75xx).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -28,14 +28,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from fastdlp.bench import common
 from fastdlp.bench.cases import launches_of
-from fastdlp.bench.machine import machine
-from fastdlp.bench.sass import COUNTED, count_main_loop
+from fastdlp.bench.common import Progress
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.backend import interpreted
@@ -43,7 +41,7 @@ from fastdlp.kernels.launch import Launch
 
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024}  # bytes that a block may ask for
 TENSOR_CODE = {"80": "mma.sync", "90": "wgmma"}
-HALF = {"bf16": "bf16", "fp16": "f16"}  # as PTX calls them
+HALF = {"bf16": "bf16", "fp16": "f16"}  # their names in PTX
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -51,17 +49,24 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-TENSOR = ("hgmma", "hmma", "waits", "drains")  # of the main loop; they mean something only together
-FIGURES = ("registers", "stack", "local", "spill_stores", "spill_loads", "shared", "loop")
-FIGURES += tuple(name for name in COUNTED if name not in TENSOR)
-BY = ("kernel", "arch", "dtype", "tile")  # what makes a row of the result
-WIDTH = 132  # of the table on the screen: narrower, its figures would be cut
-ALIGNED = 16  # what Triton's JIT looks for in addresses (bytes) and integers
+# Instructions that are counted in a kernel's SASS; waits are for wgmma.
+COUNTED = {
+    "hgmma": r"\bHGMMA\b",
+    "hmma": r"\bHMMA\b",
+    "waits": r"\bWARPGROUP\.DEPBAR\b",
+    "barriers": r"\bBAR\.(?:SYNC|RED)\b",
+    "loads": r"\bLDG\b",
+    "async_loads": r"\b(?:LDGSTS|UTMALDG)\b",
+}
+TENSOR = ("hgmma", "hmma", "waits")  # of one kernel, so that they are taken together
+WORST = ("registers", "stack", "spill_stores", "spill_loads", "shared", "barriers", "loads", "async_loads")
+KEY = ("kernel", "arch", "dtype")
+ALIGNED = 16  # divisor of addresses (bytes) and integers for which Triton's JIT specializes
 
 
 @dataclass(frozen=True)
 class Job:
-    """What determines a kernel's code. Plain values, so that it hashes and goes to another process.
+    """What determines a kernel's code, in plain values that hash and pickle.
 
     signature: (parameter, type) in order; constants: (parameter, value); aligned: positions divisible by 16.
     """
@@ -82,37 +87,20 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """Of the large operands, the smallest float type among the pointers; tf32 is how fp32 is multiplied."""
+        """Of the large operands, the smallest float type among the pointers; tf32 is a precision of fp32 products."""
         if self.constexprs.get("PRECISION") == "tf32":
             return "tf32"
         types = {word for _, kind in self.signature for word in re.findall(r"\w+", kind)}
         return next(name for name in ("bf16", "fp16", "fp32") if name in types)
 
-    @property
-    def tile(self) -> str:
-        """`M128 N256 K64 w8 s3`; blocks that follow from the rank are left out."""
-        blocks = {name.removeprefix("BLOCK"): size for name, size in self.constexprs.items() if "BLOCK" in name}
-        sizes = [
-            f"{name[1:]}{size}" for name, size in blocks.items() if size and name not in ("_R", "_L", "_F", "_PARTIALS")
-        ]
-        return " ".join([*sizes, f"w{self.warps}", f"s{self.stages}"])
-
-    @property
-    def specialisation(self) -> str:
-        """What it is besides its tile. `K:16` is divisible by 16, `K=1` a constant, as is a flag by its name alone."""
-        ones = {name for name, value in self.constants if name not in self.constexprs and value is not None}
-        flags = {name: value for name, value in self.constexprs.items() if isinstance(value, str) or value is True}
-        found = [name if value is True else f"{name}={value}" for name, value in flags.items()]
-        for position, (name, kind) in enumerate(self.signature):
-            if kind in ("i32", "i64"):
-                found.append(name + (":16" if position in self.aligned else ""))
-            elif name in ones:
-                found.append(f"{name}=1")
-        return " ".join(found)
+    def __str__(self) -> str:
+        """Tile and flags: `BLOCK_M=128 BLOCK_N=256 EVEN_N=True, 8 warps, 3 stages`."""
+        options = " ".join(f"{name}={value}" for name, value in self.constexprs.items() if value is not False)
+        return f"{options}, {self.warps} warps, {self.stages} stages"
 
 
-def bench_compile(archs: Sequence[str], small: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Compile for every architecture; a row each, with what is wrong with it under "faults".
+def bench_compile(archs: Sequence[str], small: bool, progress: Progress) -> dict[str, Any]:
+    """Compile for every architecture.
 
     Args:
         archs: keys of tiles.json, "80" and "90".
@@ -121,119 +109,111 @@ def bench_compile(archs: Sequence[str], small: bool, tell: Callable[[str], None]
     Raises:
         FastdlpError: Triton is missing or interprets.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not common.installed("triton"):
         raise FastdlpError("there is nothing to compile without the package triton: pip install triton")
     if interpreted():
         raise FastdlpError("TRITON_INTERPRET=1 has Triton interpret its kernels instead of compiling them: unset it")
-    import triton
-
-    jobs, dead = list_jobs(archs, small)
+    jobs, unused = list_jobs(archs, small)
     rows: list[dict[str, Any]] = []
-    for (job, case), figures in zip(jobs.items(), _compiled(jobs, tell)):
-        found = faults(job, figures)
-        del figures["warnings"]  # which are among the faults
-        rows.append(
-            {
-                "kernel": job.kernel,
-                "arch": job.arch,
-                "dtype": job.dtype,
-                "tile": job.tile,
-                "case": f"{case} ({job.specialisation})",
-                "compiled": 1,
-                **figures,
-                "faults": found,
-            }
-        )
-    command = ["fastdlp bench compile", *(f"--arch {arch}" for arch in archs), *(["--small"] if small else [])]
+    cores = min(len(os.sched_getaffinity(0)), 8)  # each process loads torch
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        compiled = pool.map(compile_job, jobs, chunksize=4)
+        for number, ((job, case), found) in enumerate(zip(jobs.items(), compiled), 1):
+            progress(f"sm_{job.arch} {job.kernel}: {number} of {len(jobs)}")
+            row = {"kernel": job.kernel, "arch": job.arch, "dtype": job.dtype, "compiled": 1, **found}
+            rows.append(row | {"faults": [f"{case} ({job}): {fault}" for fault in faults(job, found)]})
+            del rows[-1]["warnings"]  # they are among the faults
+    table = merged(rows)
+    failed = [f"sm_{arch}: no launch uses this row of tiles.json: {row}" for arch, row in unused]
+    failed += [
+        f"sm_{row['arch']} {row['kernel']} {row['dtype']}, {fault}" for row in table for fault in row.pop("faults")
+    ]
     return {
         "what": "every kernel in every configuration of tiles.json, compiled without a GPU",
-        "command": " ".join(command),
-        "commit": machine(torch.device("cpu"))["commit"],
-        "triton": triton.__version__,
-        "never_taken": dead,
-        "rows": sorted(merged(rows, BY), key=lambda row: (row["kernel"], row["arch"], row["dtype"])),
+        "rows": table,
+        "failed": failed,
+        **common.facts(torch.device("cpu"), "triton"),
     }
 
 
 def list_jobs(archs: Sequence[str], small: bool) -> tuple[dict[Job, str], list[tuple[str, str]]]:
-    """Every job with the first case that needs it, and (architecture, row) of the tile table that no case takes."""
+    """Every job with the first case that needs it, and (architecture, row) of the tile table that no case uses."""
     jobs: dict[Job, str] = {}
-    dead: list[tuple[str, str]] = []
+    unused: list[tuple[str, str]] = []
     for arch in archs:
-        with tiles.assume(arch), _noting_rows() as taken:
+        with tiles.assume(arch), _recording_rows() as used:
             for case, launch in launches_of(small):
-                jobs.setdefault(specialised(launch, arch), case)
-        dead += [(arch, json.dumps(row)) for row in tiles.table()[arch]["rows"] if row not in taken]
-    return jobs, dead
+                jobs.setdefault(specialized(launch, arch), case)
+        unused += [(arch, json.dumps(row)) for row in tiles.table()[arch]["rows"] if row not in used]
+    return jobs, unused
 
 
 @contextmanager
-def _noting_rows() -> Iterator[list[dict[str, Any]]]:
+def _recording_rows() -> Iterator[list[dict[str, Any]]]:
     """List the rows of the tile table that are looked up inside."""
     rows: list[dict[str, Any]] = []
     tile_of = tiles.tile_of
 
-    def noted(row: dict[str, Any]) -> tiles.Tile:
+    def recorded(row: dict[str, Any]) -> tiles.Tile:
         rows.append(row)
         return tile_of(row)
 
     tiles._lookup.cache_clear()
-    with mock.patch.object(tiles, "tile_of", noted):
+    with mock.patch.object(tiles, "tile_of", recorded):
         yield rows
 
 
-def faults(job: Job, figures: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled kernel; the limits of the module's docstring."""
-    found = [f"ptxas {warning}" for warning in figures["warnings"]]
-    if figures["stack"] or figures["local"]:
-        found.append(
-            f"registers do not suffice: {figures['stack'] + figures['local']} bytes of stack and local memory, "
-            f"{figures['spill_stores']} stored, {figures['spill_loads']} loaded"
+def faults(job: Job, found: dict[str, Any]) -> list[str]:
+    """The conditions of the module's docstring that a compiled kernel does not meet."""
+    lines = [f"ptxas {warning}" for warning in found["warnings"]]
+    if found["stack"] or found["spill_stores"] or found["spill_loads"]:
+        lines.append(
+            f"registers do not suffice: {found['stack']} bytes of stack, {found['spill_stores']} stored, "
+            f"{found['spill_loads']} loaded"
         )
-    if figures["shared"] > SHARED_LIMIT[job.arch]:
-        found.append(f"{figures['shared']} bytes of shared memory, {SHARED_LIMIT[job.arch]} are allowed")
+    if found["shared"] > SHARED_LIMIT[job.arch]:
+        lines.append(f"{found['shared']} bytes of shared memory, {SHARED_LIMIT[job.arch]} are allowed")
     operand, expected = HALF.get(job.dtype), TENSOR_CODE[job.arch]
     if operand and job.kernel.startswith("product"):
-        # A partial sum of dA has 16 rows, too few for wgmma: beside the expected code there may be mma.sync.
-        code = figures["mma"].split(", ")
+        # The partial sums of dA in a product have 16 rows, too few for wgmma: mma.sync may occur beside it.
+        code = found["mma"].split(", ")
         right = any(name.startswith(expected) for name in code) and all(name.endswith(f".{operand}") for name in code)
-        in_loop = figures["hgmma" if expected == "wgmma" else "hmma"]
-        if job.constexprs["BLOCK_M"] >= 64 and not (right and in_loop):
-            found.append(f"tensor code {figures['mma']}, expected {expected} of {operand}")
-        hgmma, waits = figures["hgmma"], figures["waits"]
-        # A loop with one HGMMA needs one wait an iteration. That wait is for the iteration before, and the tensor cores
-        # stay busy, as long as it leaves the newest HGMMA in flight.
-        if hgmma and (figures["drains"] if hgmma == waits == 1 else waits >= hgmma):
-            found.append(f"{waits} waits for {hgmma} HGMMA in the main loop: they run one after another")
-    return found
+        large = job.constexprs["BLOCK_M"] >= 64
+        if large and not right:
+            lines.append(f"tensor code {found['mma']}, expected {expected} of {operand}")
+        if large and not found["async_loads"] and "K" in {job.signature[position][0] for position in job.aligned}:
+            lines.append("no asynchronous loads")
+        if found["hgmma"] and found["waits"] >= found["hgmma"]:
+            lines.append(f"{found['waits']} waits for {found['hgmma']} HGMMA: they run one after another")
+    return lines
 
 
-def merged(rows: Iterable[dict[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for all that agree in `by`: the largest figures, all tensor code and all faults.
+def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all that agree in KEY, sorted: the largest values, all tensor code and all faults.
 
-    The case is the first with a fault, and the tensor instructions are of the loop with the most waits for each.
+    The tensor instructions are of the kernel with the most waits for each.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
     found = []
-    for group in groups.values():
+    for key, group in sorted(groups.items()):
         serial = max(group, key=lambda row: (row["waits"] / max(row["hgmma"], 1), row["hmma"]))
         found.append(
-            next((row for row in group if row["faults"]), group[0])
-            | {name: max(row[name] for row in group) for name in FIGURES}
+            dict(zip(KEY, key))
+            | {"compiled": sum(row["compiled"] for row in group)}
+            | {name: max(row[name] for row in group) for name in WORST}
             | {name: serial[name] for name in TENSOR}
             | {
-                "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")})),
+                "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")} - {"-"})) or "-",
                 "faults": sorted({fault for row in group for fault in row["faults"]}),
-                "compiled": sum(row["compiled"] for row in group),
             }
         )
     return found
 
 
-def specialised(launch: Launch, arch: str) -> Job:
-    """The launch as Triton's JIT would specialise it."""
+def specialized(launch: Launch, arch: str) -> Job:
+    """The launch as Triton's JIT would specialize it."""
     options = dict(launch.options)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     names = launch.kernel.arg_names
@@ -263,23 +243,12 @@ def specialised(launch: Launch, arch: str) -> Job:
     return Job(module, kernel, arch, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
 
 
-def _compiled(jobs: Iterable[Job], tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """The figures of every job, in order, from a process a core: up to 8, as each loads torch."""
-    todo = list(jobs)
-    cores = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        for number, (job, figures) in enumerate(zip(todo, pool.map(compile_job, todo, chunksize=4)), 1):
-            tell(f"sm_{job.arch} {job.kernel}: {number} of {len(todo)}")
-            yield figures
-
-
 def compile_job(job: Job) -> dict[str, Any]:
-    """Compile one kernel and read its binary.
+    """Compile one kernel.
 
     Returns:
-        registers, stack and local bytes a thread; bytes that the spills' instructions store and load, each counted
-        once; shared bytes a block; the tensor instructions of its PTX, "-" where there are none; what `count_main_loop`
-        counts; ptxas' warnings of performance.
+        registers, bytes of stack a thread and bytes of spills; shared bytes a block; the tensor instructions of its
+        PTX, "-" where there are none; counts of COUNTED; ptxas' warnings of performance.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -289,24 +258,14 @@ def compile_job(job: Job) -> dict[str, Any]:
     source = ASTSource(kernel, dict(job.signature), dict(job.constants), divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     try:
-        built, log, assembly = _build(source, GPUTarget("cuda", int(job.arch), 32), options)
+        built, log, sass = _build(source, GPUTarget("cuda", int(job.arch), 32), options)
     except Exception as error:
-        raise RuntimeError(f"does not compile: {job}") from error
-    usage = _cuobjdump("-res-usage", built)
-    found = re.search(rf"Function {job.kernel}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assembly = assembly.partition(f"Function : {job.kernel}\n")[2].partition("Function :")[0]
-    if found is None or not assembly:
-        raise RuntimeError(f"cuobjdump says nothing of {job.kernel}: {usage}")
-    registers, stack, local = map(int, found.groups())
+        raise RuntimeError(f"does not compile: {job.kernel} {job}") from error
     return {
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        "spill_stores": bytes_moved("STL", assembly),
-        "spill_loads": bytes_moved("LDL", assembly),
+        **resources(log),
         "shared": built.metadata.shared,
         "mma": ", ".join(tensor_instructions(built.asm["ptx"])) or "-",
-        **count_main_loop(assembly),
+        **{name: len(re.findall(pattern, sass)) for name, pattern in COUNTED.items()},
         "warnings": performance_warnings(log),
     }
 
@@ -325,35 +284,35 @@ def _build(source: Any, target: Any, options: dict[str, Any]) -> tuple[Any, str,
         triton.knobs.nvidia.dump_ptxas_log = True
         built = triton.compile(source, target=target, options=options)
         cache = get_cache_manager(built.hash)
-        if not log.getvalue() and cache.get_file("ptxas.log") is None:  # compiled by someone who did not keep the log
+        if not log.getvalue() and cache.get_file("ptxas.log") is None:  # was compiled without keeping the log
             triton.knobs.compilation.always_compile = True
             built = triton.compile(source, target=target, options=options)
     if log.getvalue():
         cache.put(log.getvalue(), "ptxas.log", binary=False)
     if cache.get_file("sass") is None:
-        cache.put(re.sub(r" +/\* 0x[0-9a-f]{16} \*/\n?", "", _cuobjdump("-sass", built)), "sass", binary=False)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(built.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        cache.put(re.sub(r" +/\* 0x[0-9a-f]{16} \*/\n?", "", sass), "sass", binary=False)
     return built, *(Path(cache.get_file(name)).read_text() for name in ("ptxas.log", "sass"))
+
+
+def resources(log: str) -> dict[str, int]:
+    """Registers, bytes of stack and of spills a thread, from ptxas' log."""
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+    }
+    return {name: max(map(int, re.findall(pattern, log))) for name, pattern in patterns.items()}
 
 
 def performance_warnings(log: str) -> list[str]:
     """Of ptxas' log, the warnings C75xx: `C7515: ... wgmma.mma_async instructions are serialized due to ...`."""
     found = re.findall(r"\((C75\d\d)\) (.+?)(?: in the function .*)?$", log, re.MULTILINE)
     return sorted({f"{code}: {text}" for code, text in found})
-
-
-def _cuobjdump(option: str, built: Any) -> str:
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(built.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def bytes_moved(instruction: str, assembly: str) -> int:
-    """Bytes of all stores to local memory, `STL`, or loads, `LDL`, in SASS: 4 each, 8 and 16 with .64 and .128."""
-    modifiers = re.findall(rf"\b{instruction}((?:\.\w+)*) ", assembly)
-    return sum(16 if ".128" in found else 8 if ".64" in found else 4 for found in modifiers)
 
 
 def tensor_instructions(ptx: str) -> list[str]:
@@ -363,21 +322,6 @@ def tensor_instructions(ptx: str) -> list[str]:
     return sorted({f"{names[name]}.{size}.{kind}" for name, size, kind in re.findall(pattern, ptx)})
 
 
-def failures(result: dict[str, Any]) -> list[str]:
-    """A line for every row that fails and for every row of the tile table that nothing takes."""
-    lines = [f"sm_{arch}: no launch takes this row of tiles.json: {row}" for arch, row in result["never_taken"]]
-    for row in result["rows"]:
-        lines += [f"sm_{row['arch']} {row['kernel']} {row['dtype']}, {row['case']}: {fault}" for fault in row["faults"]]
-    return lines
-
-
-def to_json(result: dict[str, Any]) -> str:
-    """The result with a line for every row."""
-    head = json.dumps({name: value for name, value in result.items() if name != "rows"}, indent=1, ensure_ascii=False)
-    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in result["rows"])
-    return f"{head[:-2]},\n" + f' "rows": [\n{rows}\n ]\n' + "}\n"
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows of a result as text by column."""
     return [
@@ -385,90 +329,35 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "kernel": row["kernel"].removesuffix("_kernel"),
             "sm": row["arch"],
             "dtype": row["dtype"],
-            "tile": row["tile"],
-            "n": str(row["compiled"]),
-            "regs": str(row["registers"]),
-            "stack": str(row["stack"] + row["local"]),
+            "compiled": str(row["compiled"]),
+            "registers": str(row["registers"]),
+            "stack": str(row["stack"]),
             "shared": f"{row['shared']:,}",
             "mma": f"{row['hgmma']}/{row['waits']}" if row["hgmma"] else str(row["hmma"]),
-            "bar": f"{row['barriers']}+{row['syncs']}" if row["syncs"] else str(row["barriers"]),
-            "shfl": str(row["shuffles"]),
-            "loads": f"{row['ldg']}+{row['cp_async'] + row['tma']}" + "*" * (not row["loop"]),
+            "barriers": str(row["barriers"]),
+            "loads": f"{row['loads']}+{row['async_loads']}",
             "tensor code": row["mma"],
         }
         for row in rows
     ]
 
 
-def compared(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What differs between two results, as `before → after`: the worst of every kernel, then every tile."""
-    found = []
-    for by in (BY[:-1], BY):
-        old, new = _by_key(before, by), _by_key(after, by)
-        for key in sorted(old.keys() | new.keys()):
-            was, now = old.get(key), new.get(key)
-            if was != now:
-                missing = dict.fromkeys(was or now or {}, "-")
-                pairs = zip((was or missing).items(), (now or missing).values())
-                names = dict(zip(("kernel", "sm", "dtype", "tile"), (*key, "all")))
-                found.append({column: a if a == b else f"{a} → {b}" for (column, a), b in pairs} | names)
-    return found
+def to_markdown(result: dict[str, Any]) -> str:
+    """The summary as a document."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    command = f"`{result['command']}`, {versions}, commit {result['commit']}: {_explanation(result)}"
+    return f"{command}\n\n{common.markdown(summary(result['rows']))}"
 
 
-def _by_key(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
-    """The summary's lines of rows merged by `by`, without what says nothing of a kernel's speed."""
-    lines = {}
-    for row in merged(rows, by):
-        line = summary([row | {"tile": "all"}])[0]
-        lines[tuple(row[name] for name in by)] = {k: v for k, v in line.items() if k not in ("n", "tensor code")}
-    return lines
+def print_compile(result: dict[str, Any], console: Console) -> None:
+    """The summary as a table."""
+    common.print_table(console, result["what"], summary(result["rows"]))
+    common.print_facts(console, result, _explanation(result))
 
 
-def to_markdown(result: dict[str, Any], before: dict[str, Any] | None) -> str:
-    """The summary as a document, with the comparison where there is something to compare with."""
-    text = f"{_caption(result)}\n\n{_markdown(summary(result['rows']))}"
-    if before is not None:
-        text += f"\n{_title(before)}\n\n{_markdown(compared(before['rows'], result['rows']))}"
-    return text
-
-
-def _markdown(lines: Sequence[dict[str, str]]) -> str:
-    table = [[*lines[0]], ["---"] * len(lines[0]), *([*line.values()] for line in lines)] if lines else []
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def print_compile(result: dict[str, Any], before: dict[str, Any] | None, console: Console) -> None:
-    """The summary as a table on the screen, and the comparison as another."""
-    styles = ["red" if row["faults"] else "" for row in result["rows"]]
-    _print(result["what"], summary(result["rows"]), styles, console)
-    if before is not None:
-        lines = compared(before["rows"], result["rows"])
-        _print(_title(before), lines, [""] * len(lines), console)
-    console.print(_caption(result), highlight=False)
-
-
-def _print(title: str, lines: Sequence[dict[str, str]], styles: Sequence[str], console: Console) -> None:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, width=WIDTH, padding=(0, 1, 0, 0)
-    )
-    for column in lines[0] if lines else ():
-        table.add_column(column, justify="left" if column in ("kernel", "dtype", "tile", "tensor code") else "right")
-    for line, style in zip(lines, styles):
-        table.add_row(*line.values(), style=style)
-    console.print(table, crop=False)
-
-
-def _title(before: dict[str, Any]) -> str:
+def _explanation(result: dict[str, Any]) -> str:
     return (
-        f"What differs from commit {before['commit']}, Triton {before['triton']}: the worst of a kernel, and its tiles"
-    )
-
-
-def _caption(result: dict[str, Any]) -> str:
-    compiled = sum(row["compiled"] for row in result["rows"])
-    return (
-        f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: {compiled:,} kernels compiled, "
-        "none run. A line shows the worst of the n compiled for its tile (w: warps, s: stages): registers and bytes of "
-        "stack a thread, bytes of shared memory a block. An iteration of the main loop: HGMMA/waits for them, or HMMA; "
-        "barriers + waits for TMA; shuffles; plain loads + asynchronous ones (* no loop: the whole kernel)."
+        f"{sum(row['compiled'] for row in result['rows']):,} kernels compiled, none run. Each line has the worst of "
+        "all tiles: registers and bytes of stack a thread, bytes of shared memory a block, HGMMA/waits for them or "
+        "HMMA, barriers, plain + asynchronous loads."
     )

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What a machine with a CUDA GPU is asked for, in one command and at most BUDGET seconds (540): bench/gpu.sh
+# All checks and measurements on a machine with a CUDA GPU, in one command and at most BUDGET seconds (540): bench/gpu.sh
 #
-# No form is timed before its own check passed. A failed test is reported and the run goes on; a production tile that computes
-# wrongly, or a bad memory access, ends the timing. Needs no installation: it runs the checkout that it lies in, with
-# what else lies in PYTHONPATH. What a stage needs and is not installed is named, and the stage left out. Variables:
+# No variant is timed before its own check passed. A failed test is reported and the run goes on; a tile of the table that
+# computes wrong results, or a bad memory access, ends the timing. Needs no installation: it runs its own checkout, with
+# PYTHONPATH. A stage whose packages are not installed is left out, and the summary names them. Variables:
 #   STAGES          A (the default), B, C or names of stages, see below: STAGES="preflight kernels"
 #   OUT             where the results go (bench/results): gpu-DEVICE.tar.gz with all of them, packed anew after every
 #                   stage, gpu-DEVICE.txt, the summary, gpu-DEVICE.log, and what `tune` found, tiles-DEVICE.json
@@ -118,14 +118,14 @@ timed() {
 # -- the stages ---------------------------------------------------------------------------------------------
 
 bench=("$PYTHON" -m fastdlp bench)
+clocks=name,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu
 each_tile=("$PYTHON" -m fastdlp.bench.each_tile)
 
-# The options of pyproject.toml name a plugin that may be missing here.
 pytest() {
     local processes=(-n "$PROCESSES")
     has xdist || processes=()
     has xdist || say "pytest-xdist is not installed: one process"
-    stage "$1" "$2" "$PYTHON" -m pytest -q -rfE -o addopts= -p no:cacheprovider --maxfail=30 --durations=10 \
+    stage "$1" "$2" "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --maxfail=30 --durations=10 \
         "${processes[@]}" "${@:3}"
 }
 
@@ -161,13 +161,15 @@ run_tune() {
 run_round() {
     local name=$1 cap=$2
     shift 2
-    timed "$name" "$cap" "${bench[@]}" round --clients 10 --precision bf16 --without-launches \
-        --output "$work/$name.json" "$@"
+    timed "$name" "$cap" "${bench[@]}" round --clients 10 --precision bf16 --output "$work/$name.json" "$@"
 }
 
 run() {
     case $1 in
-    preflight) stage preflight 60 "$PYTHON" -m fastdlp.bench.preflight ;;
+    preflight)
+        stage preflight 60 "$PYTHON" -m torch.utils.collect_env
+        ! command -v nvidia-smi >/dev/null || nvidia-smi --query-gpu="$clocks" --format=csv 2>&1 | tee -a "$log"
+        ;;
     tiles)
         if needs tiles pytest; then
             pytest tiles 120 tests/test_each_tile.py

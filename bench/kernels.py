@@ -1,46 +1,37 @@
-"""The operator beside what it is measured against: every linear of an image tower, for one or many clients.
+"""The operator on every linear of an image tower, in both backends, beside the frozen product alone and its dX.
 
-Rows of the table, by form:
-
-    frozen                the library's product alone and its dX: what no adapter can beat
-    roofline              computed: FLOP and bytes that a pass cannot do without, over the peak product and copy
-                          that were measured in the same run
-    PEFT                  its LoRA linear, adapters in fp32 as it keeps them by itself, one client after another
-    PEFT, adapters cast   the same in the dtype of the weights
-    addmm                 `dual_lora(backend="torch")`: library products and baddbmm_
-    K-augmented           [x | P | 1] · [W | B' | b]ᵀ, weights put together outside the timed part; forward only
-    Triton                `dual_lora(backend="triton")`
-
-No form is timed before its outputs and gradients agreed with fp64 on the same operands. On a GPU a form is recorded as
-a CUDA graph, because the host takes longer to launch a few kernels than they run; a row says how it was timed.
+Every client has 32 images in two views, as in a FEDDLP step: its local rows see the adapter of rank 4, its global rows
+that of rank 2. Adapters have the magnitude of the frozen product, so that an error in them is found. No backend is
+timed before its outputs and gradients agreed with fp64 on the same operands.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
 
-from fastdlp.adapters.branches import TowerShape, tower_sites
-from fastdlp.bench import forms
-from fastdlp.bench.forms import Case, Form, Operands
-from fastdlp.bench.machine import machine
-from fastdlp.bench.survive import survive
-from fastdlp.bench.timing import Times, graph_stream, measure
-from fastdlp.engine.device import DTYPES, free_memory
+from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
+from fastdlp.bench import common
+from fastdlp.bench.common import Progress, measure, survive
+from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.backend import choose_backend
-from fastdlp.kernels.frozen import frozen_linear
+from fastdlp.kernels.dual_lora import dual_lora, dual_lora_reference
+from fastdlp.kernels.frozen import FrozenLinear, frozen_linear, frozen_linear_backward
+from fastdlp.kernels.groups import RowGroups
 
 TOLERANCE = {"fp32": 5e-5, "bf16": 2e-2}  # of ‖out − right‖ / ‖right‖; TF32 would be 3e-4
 LINEARS = ("qkv", "out", "fc1", "fc2", "proj")
-PASSES = ("forward", "backward", "both")
-PEAK_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square product that stands for the peak
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+BRANCHES = (Branch("local", 4, True), Branch("global", 2, False))  # in the order of the views and of the ranks
+COLUMNS = (slice(0, 4), slice(4, 6))  # of each branch in the stacked rank
+RANK = 6
 
 
 @dataclass(frozen=True)
@@ -59,41 +50,129 @@ TOWERS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One pass of one form of one linear: quantiles in milliseconds, work that cannot be avoided, ratio to frozen."""
+class Case:
+    """One linear of a tower for a number of clients: `rows` a view of a client, `parts` adapters of `out` columns."""
 
     model: str
-    clients: int
     linear: str
+    clients: int
     rows: int
+    parts: int
     out: int
     width: int
-    form: str
-    which: str  # forward, backward or both
-    ms_20: float
-    ms_50: float
-    ms_80: float
-    calls: int  # 0: computed
-    timed: str  # see Times
-    flop: int
-    bytes: int
-    tflops: float
-    gbytes_per_s: float
-    times_frozen: float
-    error: float | None  # the form's largest, None where it is computed
+    bias: bool
+
+    @property
+    def all_rows(self) -> int:
+        """M."""
+        return self.clients * len(BRANCHES) * self.rows
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.clients} client{'s' * (self.clients > 1)}, {self.linear}"
 
 
 def cases(name: str, tower: ImageTower, clients: int, batch: int, linears: Sequence[str]) -> list[Case]:
-    """The linears of one block and the projection, which sees one token an image and has no bias."""
+    """The linears of one block and the projection, which has one token an image and no bias."""
     found = []
     for site in tower_sites(replace(tower.shape, layers=1)):
         linear = site.name.rpartition(".")[2]
-        last = linear == "proj"
-        rows = batch * (1 if last else tower.tokens)
-        if linear in linears:
-            size = (rows, len(site.parts), site.out_features, site.in_features)
-            found.append(Case(name, linear, clients, *size, bias=not last))
-    return found
+        rows = batch * (1 if linear == "proj" else tower.tokens)
+        size = (rows, len(site.parts), site.out_features, site.in_features)
+        found.append(Case(name, linear, clients, *size, bias=linear != "proj"))
+    return [case for case in found if case.linear in linears]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x [M, K], dy [M, parts·N], weight, bias in the compute dtype; A, B, c as `dual_lora` takes them, fp32."""
+
+    x: Tensor
+    dy: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    c: Tensor
+    groups: RowGroups
+
+
+def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> Operands:
+    """Random operands: x of magnitude 1, W and A so that their products are too, B so that the LoRA term is."""
+    g = torch.Generator(device).manual_seed(0)
+    slots, parts, out, width = case.clients, case.parts, case.out, case.width
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=dtype, device=device)
+
+    c = torch.zeros(slots, len(BRANCHES), parts, RANK, device=device)
+    B = randn(slots, parts, out, RANK)
+    for view, (branch, columns) in enumerate(zip(BRANCHES, COLUMNS)):
+        c[:, view, :, columns] = branch.scale
+        B[..., columns] /= branch.scale * math.sqrt(branch.rank)
+    x, dy = randn(case.all_rows, width, dtype=dtype), randn(case.all_rows, parts * out, dtype=dtype)
+    weight = (randn(parts * out, width) / math.sqrt(width)).to(dtype)
+    bias = randn(parts * out, dtype=dtype) if case.bias else None
+    A = randn(slots, parts, RANK, width) / math.sqrt(width)
+    return Operands(x, dy, weight, bias, A, B, c, RowGroups((case.rows,) * slots, len(BRANCHES)))
+
+
+Run = Callable[[], dict[str, Tensor]]  # forward and backward: y [M, parts·N] and gradients of x [M, K], A, B, c
+
+
+def variants(o: Operands) -> dict[str, Run]:
+    """What can run on the operands' device, the frozen product first."""
+
+    def frozen() -> dict[str, Tensor]:
+        y = frozen_linear(o.x, o.weight, o.bias)
+        return {"frozen y": y, "frozen x": frozen_linear_backward(o.dy, o.weight)}
+
+    def ours(backend: str) -> Run:
+        leaves = {n: getattr(o, n).detach().requires_grad_() for n in ("x", "A", "B", "c")}
+
+        def run() -> dict[str, Tensor]:
+            y = dual_lora(linear=FrozenLinear(o.weight, o.bias), groups=o.groups, backend=backend, **leaves)
+            return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), o.dy)))}
+
+        return run
+
+    triton = {} if triton_refusal(o.x.device, o.x.dtype) else {"triton": ours("triton")}
+    return {"frozen": frozen, "torch": ours("torch"), **triton}
+
+
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton backend cannot run here, or None."""
+    try:
+        choose_backend("triton", device, dtype)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def expected(o: Operands) -> dict[str, Tensor]:
+    """Outputs and gradients, with and without adapters, computed client by client in fp64 and kept in fp32."""
+    weight, bias = o.weight.double(), None if o.bias is None else o.bias.double()
+    found: dict[str, list[Tensor]] = {}
+    for slot, (x, dy) in enumerate(zip(o.x.double().chunk(len(o.A)), o.dy.double().chunk(len(o.A)))):
+        groups = RowGroups(o.groups.sizes[slot : slot + 1], o.groups.views)
+        adapters = {name: getattr(o, name)[slot : slot + 1].double() for name in ("A", "B", "c")}
+        leaves = {name: value.requires_grad_() for name, value in {"x": x, **adapters}.items()}
+        y = dual_lora_reference(linear=FrozenLinear(weight, bias), groups=groups, **leaves)
+        values = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy)))}
+        values |= {"frozen y": F.linear(x, weight, bias), "frozen x": dy @ weight}
+        for name, value in values.items():
+            found.setdefault(name, []).append(value.detach().float())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def error(run: Run, o: Operands, right: dict[str, Tensor]) -> float:
+    """The largest ‖out − right‖ / ‖right‖ over outputs and gradients; NaN where one is not finite.
+
+    Memory that the allocator may reuse for outputs is filled with NaN before, so that rows that are not written show.
+    """
+    freed = [torch.full_like(o.dy, math.nan), torch.full_like(o.x, math.nan)]
+    del freed
+    errors = [((out.float() - right[name]).norm() / right[name].norm()).item() for name, out in run().items()]
+    return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
 
 def bench_kernels(
@@ -104,175 +183,80 @@ def bench_kernels(
     batch: int,
     milliseconds: float,
     device: torch.device,
-    tell: Callable[[str], None],
+    progress: Progress,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check and time every form of every case in one run; `save` gets the result so far after every case.
+    """Check and time every variant of every case in one run; `save` gets the result so far after every case.
 
-    A form whose outputs or gradients are wrong is not timed: "failed" names form, linear and error.
+    A variant whose outputs or gradients are wrong is not timed: "failed" names variant, linear and error.
     """
-    peak, copy = peak_flops(DTYPES[dtype], device, milliseconds), _copy(device, milliseconds)
-    command = [f"fastdlp bench kernels --dtype {dtype} --batch-size {batch} --milliseconds {milliseconds:g}"]
-    command += [f"--model {name}" for name in towers] + [f"--clients {number}" for number in clients]
-    command += [f"--linear {linear}" for linear in linears]
-    notes, failed = list(_absent(device, DTYPES[dtype])), list[str]()
+    reason = triton_refusal(device, DTYPES[dtype])
     result: dict[str, Any] = {
         "what": f"one linear of the image tower with two adapters a client, {batch} images in two views, {dtype}",
-        "command": " ".join(command),
-        "dtype": dtype,
-        "batch_size": batch,
-        "peak_tflops": peak / 1e12,
-        "copy_gbytes_per_s": copy / 1e9,
+        "peak_tflops": common.peak_flops(DTYPES[dtype], device, milliseconds) / 1e12,
         "rows": [],
-        "notes": notes,
-        "failed": failed,
-        **machine(device),
-        "versions": versions(),
+        "notes": [] if reason is None else [f"left out: Triton ({reason})"],
+        "failed": [],
+        **common.facts(device, "triton"),
     }
     for name, tower in towers.items():
         for number in clients:
             for case in cases(name, tower, number, batch, linears):
-                needed, free = case.memory(DTYPES[dtype].itemsize), free_memory(device)
-                if needed > free:
-                    notes.append(f"left out: {_where(case)} needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-                    continue
-                rows = _rows(case, dtype, device, milliseconds, peak, copy, failed, tell)
-                result["rows"] += [vars(row) for row in rows]
+                result["rows"] += _rows(case, dtype, device, milliseconds, result["failed"], progress)
                 save(result)
     return result
 
 
-def versions() -> dict[str, str]:
-    """Of python and of those of torch, triton and peft that are installed."""
-    found = {name: __import__(name).__version__ for name in ("torch", "triton", "peft") if _installed(name)}
-    return found | {"python": platform.python_version()}
-
-
-def make_forms(o: Operands, dtype: str) -> Iterator[Form]:
-    """The forms that can run here, one after another: each has buffers of its own."""
-    yield forms.frozen(o)
-    if _installed("peft"):
-        yield forms.peft(o, "PEFT", cast=False)
-        if dtype != "fp32":  # in fp32 nothing is cast: it would be the same form
-            yield forms.peft(o, "PEFT, adapters cast", cast=True)
-    yield forms.ours(o, "addmm", "torch")
-    yield forms.augmented(o)
-    if _triton_refusal(o.x.device, o.x.dtype) is None:
-        yield forms.ours(o, "Triton", "triton")
-
-
 def _rows(
-    case: Case,
-    dtype: str,
-    device: torch.device,
-    milliseconds: float,
-    peak: float,
-    copy: float,
-    failed: list[str],
-    tell: Callable[[str], None],
-) -> list[Row]:
-    """All rows of one case: the frozen product first, the roofline second. None without the frozen product's times."""
-    where = _where(case)
-    tell(f"{where}: reference in fp64")
-    o = forms.make_operands(case, DTYPES[dtype], device)
-    right = forms.expected(o)
-    itemsize = DTYPES[dtype].itemsize
-    rows: list[Row] = []
-    floor: dict[str, float] = {}
-    for form in make_forms(o, dtype):
-        tell(f"{where}: {form.name}")
-        with survive(f"{form.name}, {where}", failed):
-            wrong = forms.error(form, o, right)
+    case: Case, dtype: str, device: torch.device, milliseconds: float, failed: list[str], progress: Progress
+) -> list[dict[str, Any]]:
+    """All rows of one case; none without the frozen product's times."""
+    progress(f"{case}: reference in fp64")
+    o = make_operands(case, DTYPES[dtype], device)
+    right = expected(o)
+    rows: list[dict[str, Any]] = []
+    for name, run in variants(o).items():
+        progress(f"{case}: {name}")
+        with survive(f"{name}, {case}", failed):
+            wrong = error(run, o, right)
             if not wrong <= TOLERANCE[dtype]:
                 raise FastdlpError(
                     f"wrong in {dtype}: relative error {wrong:.1e}, allowed {TOLERANCE[dtype]:.0e}; it was not timed"
                 )
-            times = _times(form, device, milliseconds)
-            if form.name == "frozen":
-                floor = {which: t.ms_50 for which, t in times.items()}
-            for which, t in times.items():
-                rows.append(_row(case, form.name, which, itemsize, t, floor[which], wrong))
-        if not floor:
-            return []
-        del form  # its buffers go before the next form makes its own
-    for which in reversed(PASSES):
-        flop, size = case.count(which, itemsize)
-        least = max(flop / peak, size / copy) * 1e3
-        rows.insert(
-            len(PASSES), _row(case, "roofline", which, itemsize, Times(*[least] * 3, 0, "computed"), floor[which], None)
-        )
+            times = measure(run, device, milliseconds, graph=True)
+            floor = rows[0]["ms_50"] if rows else times.ms_50
+            tflops = 4 * len(o.x) * o.weight.numel() / times.ms_50 / 1e9  # of the frozen products
+            row = {"case": str(case), "linear": case.linear, "clients": case.clients, "rows": case.all_rows}
+            row |= {
+                "variant": name,
+                **vars(times),
+                "times_frozen": times.ms_50 / floor,
+                "tflops": tflops,
+                "error": wrong,
+            }
+            rows.append(row)
+        if not rows:
+            break
     return rows
 
 
-def _where(case: Case) -> str:
-    return f"{case.model}, {case.clients} client{'s' * (case.clients > 1)}, {case.linear}"
-
-
-def _times(form: Form, device: torch.device, milliseconds: float) -> dict[str, Times]:
-    """Each pass of a form."""
-    with graph_stream(device):
-        found = {"forward": measure(form.forward, device, milliseconds, graph=True)}
-        backward = form.backward
-        if backward is not None:
-            kept = form.forward()
-            found["backward"] = measure(lambda: backward(kept), device, milliseconds, graph=True)
-            del kept
-            found["both"] = measure(lambda: backward(form.forward()), device, milliseconds, graph=True)
-    return found
-
-
-def _row(case: Case, form: str, which: str, itemsize: int, times: Times, floor: float, wrong: float | None) -> Row:
-    flop, size = case.count(which, itemsize, adapted=form != "frozen")
-    seconds = times.ms_50 / 1e3
-    return Row(
-        case.model,
-        case.clients,
-        case.linear,
-        case.all_rows,
-        case.parts * case.out,
-        case.width,
-        form,
-        which,
-        **vars(times),
-        flop=flop,
-        bytes=size,
-        tflops=flop / seconds / 1e12,
-        gbytes_per_s=size / seconds / 1e9,
-        times_frozen=times.ms_50 / floor,
-        error=wrong,
+def print_kernels(result: dict[str, Any], console: Console) -> None:
+    """A table with all cases: medians and their ratios to frozen."""
+    lines = [
+        {
+            "linear": row["case"],
+            "variant": row["variant"],
+            "ms": f"{row['ms_50']:.3f}",
+            "20–80 %": f"{row['ms_20']:.3f}–{row['ms_80']:.3f}",
+            "÷ frozen": f"{row['times_frozen']:.2f}",
+            "TFLOP/s": f"{row['tflops']:.3g}",
+            "error": f"{row['error']:.0e}",
+            "timed": row["timed"],
+        }
+        for row in result["rows"]
+    ]
+    common.print_table(console, result["what"], lines)
+    explanation = (
+        f"ms: forward and backward; TFLOP/s: of the frozen products, measured peak {result['peak_tflops']:.3g}"
     )
-
-
-def peak_flops(dtype: torch.dtype, device: torch.device, milliseconds: float) -> float:
-    """FLOP a second of a large square product."""
-    side = PEAK_SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / (measure(lambda: frozen_linear(a, b), device, milliseconds).ms_50 / 1e3)
-
-
-def _copy(device: torch.device, milliseconds: float) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (measure(lambda: target.copy_(source), device, milliseconds).ms_50 / 1e3)
-
-
-def _absent(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    """A line for every form that cannot run here."""
-    if not _installed("peft"):
-        yield "left out: PEFT, which is not installed (pip install '.[bench]' in the checkout)"
-    if (reason := _triton_refusal(device, dtype)) is not None:
-        yield f"left out: Triton ({reason})"
-
-
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton form cannot run here, or None."""
-    try:
-        choose_backend("triton", device, dtype)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    common.print_facts(console, result, explanation)

@@ -1,11 +1,10 @@
 """The tile table of this GPU's architecture, measured: `fastdlp bench tune` writes kernels/tiles.json.
 
 Every kernel of the operator runs on the linears of ViT-B/32 and ViT-L/14 at three numbers of rows, in every candidate
-tile and, for the products, in the library's form too. They are compiled beforehand, in several processes; one is timed
-after its outputs agreed with library products. `choose` then takes one tile for each number of rows, and one of its own
-for a shape where that wins by more than 3 %. The table is written after every kernel and number of rows, so that a run
-that is killed keeps what it found. What was not reached in time, and kernels whose launchers take no tile, keep their
-rows.
+tile and, for the products, in the library's product too. One is timed after its outputs agreed with library products.
+`choose` takes one tile for each number of rows, and one of its own for a shape where that is faster by more than 3 %.
+The table is written after every kernel and number of rows, so that a killed run keeps what it found. What was not
+reached in time, and kernels whose launchers take no tile, keep their rows.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from fastdlp.bench.forms import Case
-from fastdlp.bench.kernels import TOLERANCE, TOWERS, ImageTower, cases
-from fastdlp.bench.machine import machine
-from fastdlp.bench.survive import survive
-from fastdlp.bench.timing import graph_stream, measure
-from fastdlp.bench.work import make_work
+from fastdlp.bench import common
+from fastdlp.bench.common import Progress, measure, survive, synchronize
+from fastdlp.bench.each_tile import LINEARS, describe, make_work
+from fastdlp.bench.kernels import TOLERANCE, TOWERS, Case, ImageTower, cases
 from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
@@ -39,15 +38,17 @@ from fastdlp.kernels.tiles import FALLBACK, Tile, table, tile_of
 
 TABLE = Path(tiles.__file__).with_name("tiles.json")
 MILLISECONDS = 8.0  # of timing for a candidate on a shape
-PROCESSES = 16  # that compile, at the most
-COMPILING = 0.4  # of the time, at the most
+PROCESSES = 16  # that compile, at most
+COMPILING = 0.4  # of the time, at most
 WINS = 0.97  # of the general tile's time: below it a shape gets a tile of its own
 TUNED_TOWERS = {name: TOWERS[name] for name in ("ViT-B-32", "ViT-L-14")}
+# Kernels whose rows are kept: they are launched once a pass, or once an image and head.
+NO_TILE = ("fold", "sum_shares", "attention", "attention_backward", "normalize", "row_norms", "adamw")
 
 
 @dataclass(frozen=True)
 class RowClass:
-    """Up to how many rows (None: more than the others) a row of the table serves, and what stands for them."""
+    """Up to how many rows (None: more than the others) a row of the table serves, and what represents them."""
 
     rows_to: int | None
     clients: int
@@ -55,71 +56,40 @@ class RowClass:
     tokens: int
 
 
-CLASSES = (RowClass(None, 10, 32, 50), RowClass(4096, 1, 32, 50), RowClass(512, 1, 32, 1))  # time may run out
+CLASSES = (RowClass(None, 10, 32, 50), RowClass(4096, 1, 32, 50), RowClass(512, 1, 32, 1))  # in the order of importance
 
-# Which linears run through a kernel; the most of a step first.
-LINEARS = {
-    "product": ("qkv", "out", "fc2"),
-    "product_activated": ("fc1",),
-    "product_backward": ("qkv", "out", "fc1"),
-    "product_backward_activated": ("fc2",),
-    "adapter_gradients": ("qkv", "out", "fc1", "fc2"),
-    "norm_down": ("qkv", "fc1"),
-    "down": ("out", "fc2"),
-    "norm_backward": ("qkv",),
+# Candidates by itemsize: the blocks of a kernel, then warps and stages.
+PRODUCT, STRIP, ROWS = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), ("BLOCK_M", "BLOCK_K"), ("BLOCK_M",)
+PRODUCT_TILES = {
+    2: """32 64 128 4 4, 64 64 64 4 4, 64 128 64 4 4, 128 64 64 4 4, 128 128 64 4 3, 128 128 64 8 3, 128 128 64 8 4,
+        128 256 64 8 3, 256 128 64 8 3""",
+    4: "32 64 32 4 3, 64 64 32 4 3, 64 128 16 8 3, 128 64 16 8 3, 128 128 16 8 2",
 }
-# Launched once a pass, or once an image and head; their rows are kept.
-NO_TILE = ("fold", "sum_partials", "attention", "attention_backward", "normalize", "row_norms", "adamw")
+GRADIENT_TILES = {
+    2: "64 64 64 4 3, 128 64 32 8 3, 128 128 32 8 3, 256 64 32 8 3, 256 64 32 8 2",
+    4: "32 32 32 4 2, 64 32 16 8 2, 128 32 16 8 2",
+}
+STRIP_TILES = {
+    2: "16 128 4 4, 32 64 4 3, 32 128 4 3, 64 64 4 3, 64 128 4 3, 64 128 8 2, 128 64 8 3",
+    4: "16 64 4 3, 32 32 4 2, 32 64 4 3, 64 32 4 2, 64 64 8 2",
+}
+ROW_TILES = dict.fromkeys((2, 4), "1 4 1, 2 4 1, 4 4 1, 4 8 1, 8 8 1")
 
 
 def candidates(kernel: str, itemsize: int) -> list[Tile]:
     """The tiles that are tried besides those in the table."""
+
+    def read(names: Sequence[str], text: dict[int, str]) -> list[Tile]:
+        numbers = [list(map(int, tile.split())) for tile in text[itemsize].split(",")]
+        return [Tile("triton", dict(zip(names, blocks)), warps, stages) for *blocks, warps, stages in numbers]
+
     if kernel.startswith("product"):
-        sizes = PRODUCT_TILES[itemsize]
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-        cut = [Tile("triton", {**dict(zip(names, blocks)), "GROUP_M": 8}, w, s) for *blocks, w, s in sizes]
+        cut = [replace(tile, blocks={**tile.blocks, "GROUP_M": 8}) for tile in read(PRODUCT, PRODUCT_TILES)]
         described = [replace(tile, form="descriptor") for tile in cut if itemsize == 2 and tile["BLOCK_M"] >= 128]
         return [Tile(form="torch"), *cut, *described]
     if kernel == "norm_backward":
-        return [Tile("triton", {"BLOCK_M": m}, warps, 1) for m, warps in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8))]
-    if kernel == "adapter_gradients":
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-        return [Tile("triton", dict(zip(names, blocks)), w, s) for *blocks, w, s in GRADIENT_TILES[itemsize]]
-    return [Tile("triton", {"BLOCK_M": m, "BLOCK_K": k}, w, s) for m, k, w, s in STRIP_TILES[itemsize]]
-
-
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
-PRODUCT_TILES = {
-    2: [
-        (32, 64, 128, 4, 4),
-        (64, 64, 64, 4, 4),
-        (64, 128, 64, 4, 4),
-        (128, 64, 64, 4, 4),
-        (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3),
-    ],
-    4: [(32, 64, 32, 4, 3), (64, 64, 32, 4, 3), (64, 128, 16, 8, 3), (128, 64, 16, 8, 3), (128, 128, 16, 8, 2)],
-}
-GRADIENT_TILES = {
-    2: [(64, 64, 64, 4, 3), (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 3), (256, 64, 32, 8, 2)],
-    4: [(32, 32, 32, 4, 2), (64, 32, 16, 8, 2), (128, 32, 16, 8, 2)],
-}
-# BLOCK_M, BLOCK_K, warps, stages
-STRIP_TILES = {
-    2: [
-        (16, 128, 4, 4),
-        (32, 64, 4, 3),
-        (32, 128, 4, 3),
-        (64, 64, 4, 3),
-        (64, 128, 4, 3),
-        (64, 128, 8, 2),
-        (128, 64, 8, 3),
-    ],
-    4: [(16, 64, 4, 3), (32, 32, 4, 2), (32, 64, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2)],
-}
+        return read(ROWS, ROW_TILES)
+    return read(PRODUCT, GRADIENT_TILES) if kernel == "adapter_gradients" else read(STRIP, STRIP_TILES)
 
 
 # -- choosing -----------------------------------------------------------------------------------------------
@@ -127,7 +97,7 @@ STRIP_TILES = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one tile on one shape of one class of rows; `out` and `width` as `tile_for` is asked."""
+    """Milliseconds of one tile on one shape of one class of rows; `out` and `width` as `tile_for` takes them."""
 
     rows_to: int | None
     out: int
@@ -152,7 +122,7 @@ def choose(kernel: str, itemsize: int, timings: Sequence[Timing]) -> list[dict[s
         of_class = [t for t in timings if t.rows_to == rows_to]
         shapes = list(dict.fromkeys((t.out, t.width) for t in of_class))
         by_key = {_key(t.tile): t.tile for t in of_class}
-        # Two linears may ask for the same tile (K alone says little of fc1 and qkv): their times add up.
+        # Two linears may look up the same tile (K alone does not tell fc1 from qkv): their times add up.
         ms = {
             (key, shape): math.fsum(t.ms for t in of_class if (t.out, t.width) == shape and _key(t.tile) == key)
             or math.inf
@@ -174,36 +144,27 @@ def row_of(
     kernel: str, itemsize: int, tile: Tile, rows_to: int | None = None, out: int = 0, width: int = 0
 ) -> dict[str, Any]:
     """A row of the table; what it does not restrict is left out."""
-    row: dict[str, Any] = {"kernel": kernel, "itemsize": [itemsize]}
-    limits = {"form": tile.form if tile.form != "triton" else None, "chunk": tile.chunk, "rows_to": rows_to}
-    row |= {name: value for name, value in {**limits, "out": out, "width": width}.items() if value}
-    if tile.form != "torch":
-        row |= {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages}
-    return row
+    form = tile.form if tile.form != "triton" else None
+    limits = {"form": form, "chunk": tile.chunk, "rows_to": rows_to, "out": out, "width": width}
+    row = {"kernel": kernel, "itemsize": [itemsize]} | {name: value for name, value in limits.items() if value}
+    launch = {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages}
+    return row if tile.form == "torch" else row | launch
 
 
 def replaced(
     rows: list[dict[str, Any]], kernel: str, itemsize: int, rows_to: int | None, new: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The rows with `new` in the place of those of this kernel, element size and class; fewest rows first."""
-    kept, own = list[dict[str, Any]](), list(new)
-    put = None
-    for row in rows:
-        if row["kernel"] != kernel or itemsize not in row["itemsize"]:
-            kept.append(row)
-            continue
-        put = len(kept) if put is None else put
-        if row.get("rows_to") != rows_to:
-            own.append(row | {"itemsize": [itemsize]})
-        if rest := [size for size in row["itemsize"] if size != itemsize]:
-            kept.append(row | {"itemsize": rest})
+    single = [row | {"itemsize": [size]} for row in rows if row["kernel"] == kernel for size in row["itemsize"]]
+    own = [row for row in single if row["itemsize"] != [itemsize] or row.get("rows_to") != rows_to] + new
     own.sort(key=lambda row: row.get("rows_to", math.inf))  # stable: a shape's own tile stays before the general one
-    put = len(kept) if put is None else put
-    return kept[:put] + own + kept[put:]
+    first = next((number for number, row in enumerate(rows) if row["kernel"] == kernel), len(rows))
+    others = [row for row in rows if row["kernel"] != kernel]
+    return others[:first] + own + others[first:]
 
 
 def format_table(tables: dict[str, Any]) -> str:
-    """The table as it is checked in: one row a line."""
+    """The text of tiles.json: one row a line."""
     blocks = []
     for architecture, entry in tables.items():
         rows = ",\n".join("   " + json.dumps(row) for row in entry["rows"])
@@ -225,10 +186,10 @@ class OutOfTime(Exception):
 
 @dataclass
 class Notes:
-    """Lines about what was left out, and about tiles that compute wrongly."""
+    """Lines about what was left out, and about tiles that compute wrong results."""
 
-    dropped: list[str]
-    wrong: list[str]
+    dropped: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
 
 def measure_kernel(
@@ -240,9 +201,9 @@ def measure_kernel(
     device: torch.device,
     deadline: float,
     notes: Notes,
-    tell: Callable[[str], None],
+    progress: Progress,
 ) -> list[Timing]:
-    """Timings of a kernel on every shape of a class, in every tile that runs here and computes rightly.
+    """Timings of a kernel on every shape of a class, in every tile that runs here and computes the right results.
 
     Raises:
         OutOfTime: `deadline` (of time.monotonic) passed.
@@ -260,7 +221,7 @@ def measure_kernel(
                 raise OutOfTime
             if key in out:
                 continue
-            tell(f"{kernel}, {precision}, {where}: {describe(tile)}")
+            progress(f"{kernel}, {precision}, {where}: {describe(tile)}")
             try:
                 outputs = work.run(tile)
             except (TritonError, RuntimeError) as error:
@@ -278,14 +239,13 @@ def measure_kernel(
                     f"relative error {wrong:.1e}"
                 )
                 continue
-            with graph_stream(device):  # few rows take less than their launch
-                ms = measure(lambda: work.run(tile), device, MILLISECONDS, graph=True).ms_50  # noqa: B023
+            ms = measure(partial(work.run, tile), device, MILLISECONDS, graph=True).ms_50
             timings.append(Timing(rows.rows_to, work.out, work.width, tile, ms))
     return [t for t in timings if _key(t.tile) not in out]
 
 
 def _error(ours: Tensor, reference: Tensor) -> float:
-    """‖ours − reference‖ / ‖reference‖; infinite where it is no number, which `max` would pass over."""
+    """‖ours − reference‖ / ‖reference‖; infinite where it is NaN, which `max` would ignore."""
     error = ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
     return math.inf if math.isnan(error) else error
 
@@ -293,59 +253,50 @@ def _error(ours: Tensor, reference: Tensor) -> float:
 def compile_ahead(
     jobs: Sequence[tuple[str, str, Case, Tile]], device: torch.device, pool: Executor, seconds: float
 ) -> int:
-    """Launch (kernel, precision, case, tile) once each in other processes, for Triton's cache on disk.
+    """Launch (kernel, precision, case, tile) once each in other processes, which fills Triton's cache on disk.
 
-    What does not run is met again by who measures. The device is idle again at the end.
+    An error is ignored here, because `measure_kernel` meets it again. The device is idle at the end.
 
     Returns:
         How many ran within `seconds`.
     """
-    futures = [
-        pool.submit(_launch, kernel, DTYPES[precision], case, tile, device) for kernel, precision, case, tile in jobs
-    ]
+    futures = [pool.submit(_launch, *job, device) for job in jobs]
     finished, others = wait(futures, timeout=seconds)
-    for future in others:
-        future.cancel()
-    wait([future for future in others if not future.cancelled()])
+    wait([future for future in others if not future.cancel()])
     return sum(future.exception() is None for future in finished)
 
 
-def _launch(kernel: str, dtype: torch.dtype, case: Case, tile: Tile, device: torch.device) -> None:
-    make_work(kernel, case, dtype, device).run(tile)
+def _launch(kernel: str, precision: str, case: Case, tile: Tile, device: torch.device) -> None:
+    make_work(kernel, case, DTYPES[precision], device).run(tile)
+    synchronize(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # the processes share the memory
 
 
 def tune(
     device: torch.device,
-    architecture: str,
     precisions: Sequence[str],
     minutes: float,
-    tell: Callable[[str], None],
+    progress: Progress,
     save: Callable[[dict[str, Any]], None] = lambda tables: None,
     processes: int | None = None,
 ) -> dict[str, Any]:
-    """Measure the table of this GPU anew; `save` gets the content for tiles.json whenever there are new rows.
+    """Measure the table of this GPU; `save` gets the content for tiles.json whenever there are new rows.
 
     Returns:
         "tables": that content; "rows": the new rows; "notes": tiles and kernels that were left out; "failed": tiles
-        that compute wrongly, which the table does not have.
+        that compute wrong results, which the table does not have.
 
     Raises:
-        FastdlpError: no CUDA GPU, another architecture than asked for.
+        FastdlpError: no CUDA GPU.
     """
     if device.type != "cuda":
         raise FastdlpError("bench tune measures a CUDA GPU and torch sees none here: run it on one")
     major, minor = torch.cuda.get_device_capability(device)
-    own = f"{major}{minor}"
-    if architecture not in ("auto", own):
-        raise FastdlpError(f"--arch {architecture}: this GPU is {own}, and only what is here can be measured")
-    deadline = time.monotonic() + 60 * minutes
-    tables = table()
+    own, deadline, tables = f"{major}{minor}", time.monotonic() + 60 * minutes, table()
     rows = (tables.get(own) or tables[FALLBACK])["rows"]
     measured = (tables.get(own) or {}).get("measured")
-    notes = Notes([f"{', '.join(NO_TILE)}: rows kept, their launchers take no tile"], [])
+    notes = Notes([f"{', '.join(NO_TILE)}: rows kept, their launchers take no tile"])
     plan = [
         (precision, of_class, kernel, _tried(rows, kernel, DTYPES[precision].itemsize))
         for precision in precisions
@@ -355,12 +306,12 @@ def tune(
     if processes := min(PROCESSES, os.cpu_count() or 1) if processes is None else processes:
         jobs = [
             (kernel, precision, case, tile)
-            for name, tower in TUNED_TOWERS.items()  # the second one finds what the first one compiled
+            for name, tower in TUNED_TOWERS.items()  # much of what the second needs is compiled for the first
             for precision, of_class, kernel, tried in plan
             for case in _cases(kernel, {name: tower}, of_class)
             for tile in tried
         ]
-        tell(f"compiling in {processes} processes")
+        progress(f"compiling in {processes} processes")
         with suppress(BrokenExecutor), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             ran = compile_ahead(jobs, device, pool, COMPILING * 60 * minutes)
             notes.dropped.append(f"{ran} of {len(jobs)} candidates were compiled ahead")
@@ -372,7 +323,7 @@ def tune(
         with survive(f"{kernel}, {precision}", notes.wrong):
             try:
                 timings = measure_kernel(
-                    kernel, precision, TUNED_TOWERS, of_class, tried, device, deadline, notes, tell
+                    kernel, precision, TUNED_TOWERS, of_class, tried, device, deadline, notes, progress
                 )
                 chosen = choose(kernel, itemsize, timings)
             except OutOfTime:
@@ -398,32 +349,31 @@ def _tried(rows: Sequence[dict[str, Any]], kernel: str, itemsize: int) -> list[T
 
 
 def _facts(device: torch.device, precisions: Sequence[str]) -> dict[str, Any]:
-    """What "measured" says of a table."""
-    import triton
-
-    here = machine(device)
-    return {
-        "device": here["device"],
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": here["commit"],
-        "date": date.today().isoformat(),
-        "itemsize": [DTYPES[precision].itemsize for precision in precisions],
-    }
-
-
-def describe(tile: Tile | dict[str, Any]) -> str:
-    """A tile in a few characters."""
-    tile = tile if isinstance(tile, dict) else row_of("", 0, tile)
-    if "blocks" not in tile:
-        return "library"
-    blocks = " ".join(f"{name.removeprefix('BLOCK_')} {size}" for name, size in tile["blocks"].items())
-    chunk = f", chunk {tile['chunk']}" if "chunk" in tile else ""
-    form = ", descriptors" if tile.get("form") == "descriptor" else ""
-    return f"{blocks}, {tile['warps']} warps, {tile['stages']} stages{chunk}{form}"
+    """ "measured" of a table."""
+    facts = common.facts(device, "triton")
+    versions = {name: facts["versions"][name] for name in ("torch", "triton")}
+    sizes = [DTYPES[precision].itemsize for precision in precisions]
+    today = date.today().isoformat()
+    return {"device": facts["device"], **versions, "commit": facts["commit"], "date": today, "itemsize": sizes}
 
 
 def _cases(kernel: str, towers: dict[str, ImageTower], rows: RowClass) -> Iterator[Case]:
     for name, tower in towers.items():
         sized = ImageTower(tower.shape, rows.tokens)
         yield from cases(name, sized, rows.clients, rows.images, LINEARS[kernel])
+
+
+def print_tune(result: dict[str, Any], console: Console) -> None:
+    """The rows that `tune` chose, and what it left out."""
+    lines = [
+        {
+            "kernel": row["kernel"],
+            "bytes": str(row["itemsize"][0]),
+            **{name: str(row.get(key, "")) for name, key in (("rows to", "rows_to"), ("N", "out"), ("K", "width"))},
+            "tile": describe(tile_of(row)),
+        }
+        for row in result["rows"]
+    ]
+    common.print_table(console, "new rows of the tile table", lines)
+    for note in result["notes"]:
+        console.print(note, style="yellow", highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""`fastdlp bench`: what is measured, on whatever machine this is."""
+"""`fastdlp bench`: measurements on this machine."""
 
 from __future__ import annotations
 
@@ -6,70 +6,69 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdlp.config import TrainConfig
+from fastdlp.config import EMBEDDED_MODEL, TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure, beside PEFT in the same run.")
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-Output = Annotated[Path | None, typer.Option("--output", help="Also write the result as JSON to this file.")]
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, beside PEFT in the same run.")
+VIT = "ViT-B-32-quickgelu"
+
+
+def _option(flag: str, text: str, default: str | bool = True, **limits: Any) -> Any:
+    return typer.Option(flag, help=text, show_default=default, **limits)
+
+
+def _many(flag: str, text: str, default: str, **limits: Any) -> Any:
+    return _option(flag, f"{text} May be given again.", default, **limits)
+
+
+Json = Annotated[bool, _option("--json", "Print JSON on stdout and nothing else there.")]
+Output = Annotated[Path | None, _option("--output", "Also write the result as JSON to this file.")]
+Plot = Annotated[Path | None, _option("--plot", "Also draw the result as PNG to this file.")]
+Model = Annotated[str, _option("--model", "An open_clip model; its weights are random here.")]
+Clients = Annotated[int | None, _option("--clients", "Clients that step together.", "10, on a CPU 1", min=1)]
+BatchSize = Annotated[int, _option("--batch-size", "Images a client and step.", min=1)]
+Precision = Annotated[str | None, _option("--precision", "fp32 or bf16.", "fp32, on CUDA bf16")]
+Device = Annotated[str, _option("--device", "auto, cpu, cuda or cuda:N.")]
+Backend = Annotated[str, _option("--backend", "auto, triton or torch.")]
 
 
 @bench_app.command("round")
 def round_(
-    model: Annotated[
-        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
-    ] = "ViT-B-32-quickgelu",
-    encoder: Annotated[str, typer.Option("--encoder", help="Which tower is adapted: image or text.")] = "image",
-    clients: Annotated[
-        int | None, typer.Option("--clients", min=1, help="Clients of the round.", show_default="10, on a CPU 1")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Batches of each client.", show_default="4, on a CPU 1")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a batch.")] = TrainConfig.batch_size,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option("--precision", help="fp32, bf16; may be given twice.", show_default="both"),
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Timed rounds of each form.")] = 5,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[
-        list[str] | None,
-        typer.Option("--backend", help="torch, triton; may be given twice.", show_default="torch, on CUDA both"),
-    ] = None,
+    model: Model = VIT,
+    encoder: Annotated[str, _option("--encoder", "Which tower is adapted: image or text.")] = "image",
+    clients: Clients = None,
+    steps: Annotated[int | None, _option("--steps", "Batches of each client.", "4, on a CPU 1", min=1)] = None,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    precision: Annotated[list[str] | None, _many("--precision", "fp32, bf16.", "both")] = None,
+    repeats: Annotated[int, _option("--repeats", "Timed rounds of each variant.", min=2)] = 5,
+    device: Device = "auto",
+    backend: Annotated[list[str] | None, _many("--backend", "torch, triton.", "torch, on CUDA both")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(
+        _many(
             "--only",
-            help="A form to measure: peft, autocast, strongest, paper, fastdlp, pre-update, full, "
-            "flora; of --encoder text uncached, fastdlp. May be given again.",
-            show_default="all",
+            "A variant to measure: peft, autocast, strongest, paper, fastdlp, pre-update, full, flora; with --encoder "
+            "text uncached, fastdlp.",
+            "all",
         ),
     ] = None,
-    template: Annotated[
-        str, typer.Option("--template", help="Of the class prompts, with one {} for the name.")
-    ] = "a photo of a {}.",
-    without_peft: Annotated[bool, typer.Option("--without-peft", help="Leave out what needs PEFT.")] = False,
-    without_launches: Annotated[
-        bool, typer.Option("--without-launches", help="Count no kernels, which takes the CPU some seconds a form.")
-    ] = False,
+    template: Annotated[str, _option("--template", "Class prompts, with one {} for the name.")] = "a photo of a {}.",
+    without_peft: Annotated[bool, _option("--without-peft", "Leave out what needs PEFT.")] = False,
     output: Output = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw images a second to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """A federated FEDDLP round, data to aggregation, beside what people use today; every form is checked first."""
-    from fastdlp.bench.report import print_round
-    from fastdlp.bench.round import Setting, bench_round
-    from fastdlp.bench.round_form import KEYS
-    from fastdlp.bench.round_plot import draw_round
-    from fastdlp.cli import console
-    from fastdlp.engine.device import DTYPES, pick_backend, pick_device
+    """A federated FEDDLP round, data to aggregation, beside what people use today; every variant is checked first."""
+    from fastdlp.bench.round import KEYS, Setting, bench_round, print_round
+    from fastdlp.engine.device import DTYPES, pick_backend
 
     if template.count("{}") != 1:
         raise FastdlpError(f"--template {template!r} needs exactly one {{}} for the class name")
@@ -77,199 +76,149 @@ def round_(
     _known("--precision", precisions, DTYPES)
     _known("--encoder", [encoder], KEYS)
     _known("--only", only or [], KEYS[encoder])
-    on = pick_device(device)
-    gpu = on.type == "cuda"
-    asked = backend or (["torch", "triton"] if gpu else ["torch"])
-    backends = [pick_backend(name, on, DTYPES[p]) for name in asked for p in precisions]
+    on, gpu = _on(device)
+    backends = backend or (["torch", "triton"] if gpu else ["torch"])
     setting = Setting(
-        model,
-        encoder,
-        clients or (10 if gpu else 1),
-        steps or (4 if gpu else 1),
-        batch_size,
-        tuple(precisions),
-        repeats,
-        on,
-        tuple(dict.fromkeys(backends)),
-        not without_peft and encoder == "image",  # no form of the text encoder needs it
-        tuple(only or ()),
-        template,
-        not without_launches,
+        model=model,
+        encoder=encoder,
+        clients=clients or (10 if gpu else 1),
+        steps=steps or (4 if gpu else 1),
+        batch=batch_size,
+        precisions=tuple(precisions),
+        repeats=repeats,
+        device=on,
+        backends=tuple(dict.fromkeys(pick_backend(name, on, DTYPES[p]) for name in backends for p in precisions)),
+        with_peft=not without_peft and encoder == "image",  # no variant of the text encoder needs it
+        only=tuple(only or ()),
+        template=template,
     )
-    with console.telling("weights and images") as tell:
-        result = bench_round(setting, tell, _saving(output))
-    _deliver(_json(result), output, as_json, lambda: print_round(result, console.out))
-    if plot is not None and result["rows"]:
-        write_atomic(plot, draw_round(result))
-    _exit_if(result["failed"])
+    _measure(lambda progress: bench_round(setting, progress, _saving(output)), print_round, output, as_json)
 
 
 @bench_app.command()
-def launches(
+def growth(
     model: Annotated[
-        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
-    ] = "ViT-B-32-quickgelu",
-    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that step together.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images of a client; for the bytes.")] = 2,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", help="peft, torch or triton; may be given again.", show_default="all"),
+        str | None,
+        _option("--model", "An open_clip model; its weights are random here.", f"{EMBEDDED_MODEL}, on CUDA {VIT}"),
     ] = None,
+    samples: Annotated[int | None, _option("--samples", "Of all clients together.", "1,000 batches", min=1)] = None,
+    batch_size: Annotated[int, _option("--batch-size", "Samples a client and step.", min=4)] = TrainConfig.batch_size,
+    clients: Annotated[
+        list[int] | None, _many("--clients", "Numbers of clients; 10 is always added.", "1, 10, 100, 1000", min=1)
+    ] = None,
+    rank: Annotated[list[int] | None, _many("--rank", "Of the global adapter.", "2, 4, 8, 16", min=1)] = None,
+    precision: Precision = None,
+    repeats: Annotated[int, _option("--repeats", "Timed rounds of each point.", min=1)] = 3,
+    device: Device = "auto",
+    backend: Backend = TrainConfig.backend,
+    plot: Plot = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Count the kernels that one FEDDLP step launches in every form, and the bytes they move. Needs no GPU."""
-    from fastdlp.bench.launches import FORMS, bench_launches, markdown
-    from fastdlp.cli import console
+    """How the time of a FEDDLP round grows with clients, samples, ranks and uneven clients."""
+    from fastdlp.bench.growth import CLIENTS, RANKS, bench_growth, growth_figure, print_growth
 
-    _known("--only", only or [], FORMS)
-    with console.err.status("counting"):
-        result = bench_launches(model, clients, batch_size, only or FORMS)
-    _deliver(_json(result), output, as_json, lambda: print(markdown(result["rows"]), end=""))
+    on, gpu = _on(device)
+    dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
+    result = _measure(
+        lambda progress: bench_growth(
+            model or (VIT if gpu else EMBEDDED_MODEL),
+            samples or 1000 * batch_size,
+            batch_size,
+            dtype,
+            repeats,
+            on,
+            progress,
+            clients or CLIENTS,
+            rank or RANKS,
+            backend,
+        ),
+        print_growth,
+        output,
+        as_json,
+    )
+    if plot is not None:
+        write_atomic(plot, growth_figure(result))
 
 
 @bench_app.command()
 def kernels(
-    model: Annotated[
-        list[str] | None,
-        typer.Option("--model", help="ViT-B-32, ViT-B-16, ViT-L-14; may be given again.", show_default="by device"),
-    ] = None,
-    clients: Annotated[
-        list[int] | None, typer.Option("--clients", min=1, help="May be given again.", show_default="by device")
-    ] = None,
-    linear: Annotated[
-        list[str] | None,
-        typer.Option("--linear", help="qkv, out, fc1, fc2, proj; may be given again.", show_default="all"),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="fp32 or bf16.", show_default="bf16, on a CPU fp32")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a client.")] = TrainConfig.batch_size,
-    milliseconds: Annotated[float, typer.Option("--milliseconds", min=0.0, help="Of timing, each pass.")] = 200.0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    model: Annotated[list[str] | None, _many("--model", "ViT-B-32, ViT-B-16, ViT-L-14.", "by device")] = None,
+    clients: Annotated[list[int] | None, _many("--clients", "Numbers of clients.", "by device", min=1)] = None,
+    linear: Annotated[list[str] | None, _many("--linear", "qkv, out, fc1, fc2, proj.", "all")] = None,
+    dtype: Annotated[str | None, _option("--dtype", "fp32 or bf16.", "bf16, on a CPU fp32")] = None,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    milliseconds: Annotated[float, _option("--milliseconds", "Of timing, each variant.", min=0.0)] = 200.0,
+    device: Device = "auto",
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """The dual-LoRA operator alone, beside the frozen product, PEFT and other ways to compute it.
+    """The dual-LoRA operator alone, in both backends, beside the frozen product.
 
-    Without options: ViT-B-32 and ViT-L-14 for 1, 10 and 100 clients on a GPU; ViT-B-32 for one client on a CPU.
+    Without options: ViT-B-32 and ViT-L-14 for 1 and 10 clients on a GPU; ViT-B-32 for one client on a CPU.
     """
-    from fastdlp.bench.kernels import LINEARS, TOWERS, bench_kernels
-    from fastdlp.bench.report import print_kernels
-    from fastdlp.cli import console
-    from fastdlp.engine.device import DTYPES, pick_device
+    from fastdlp.bench.kernels import LINEARS, TOWERS, bench_kernels, print_kernels
 
-    on = pick_device(device)
-    gpu = on.type == "cuda"
-    models = model or (["ViT-B-32", "ViT-L-14"] if gpu else ["ViT-B-32"])
-    linears, precision = linear or list(LINEARS), dtype or ("bf16" if gpu else "fp32")
+    on, gpu = _on(device)
+    models, numbers = model or ["ViT-B-32", "ViT-L-14"][: 1 + gpu], clients or [1, 10][: 1 + gpu]
     _known("--model", models, TOWERS)
-    _known("--linear", linears, LINEARS)
-    _known("--dtype", [precision], DTYPES)
-    with console.telling("measuring the peak") as tell:
-        result = bench_kernels(
-            {name: TOWERS[name] for name in models},
-            clients or ([1, 10, 100] if gpu else [1]),
-            linears,
-            precision,
-            batch_size,
-            milliseconds,
-            on,
-            tell,
-            _saving(output),
-        )
-    _deliver(_json(result), output, as_json, lambda: print_kernels(result, console.out))
-    _exit_if(result["failed"])
+    _known("--linear", linear or [], LINEARS)
+    precision = _dtype("--dtype", dtype, "bf16" if gpu else "fp32")
+    towers, linears = {name: TOWERS[name] for name in models}, linear or LINEARS
+    _measure(
+        lambda progress: bench_kernels(
+            towers, numbers, linears, precision, batch_size, milliseconds, on, progress, _saving(output)
+        ),
+        print_kernels,
+        output,
+        as_json,
+    )
 
 
 @bench_app.command()
 def profile(
-    model: Annotated[
-        str, typer.Option("--model", help="An open_clip model; its weights are random here.")
-    ] = "ViT-B-32-quickgelu",
-    clients: Annotated[
-        int | None, typer.Option("--clients", min=1, help="That step together.", show_default="10, on a CPU 1")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a client.")] = TrainConfig.batch_size,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32 or bf16.", show_default="fp32, on CUDA bf16")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[str, typer.Option("--backend", help="auto, triton or torch.")] = TrainConfig.backend,
+    model: Model = VIT,
+    clients: Clients = None,
+    batch_size: BatchSize = TrainConfig.batch_size,
+    precision: Precision = None,
+    device: Device = "auto",
+    backend: Backend = TrainConfig.backend,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """The kernels of one FEDDLP step by torch's profiler, for each teacher; on a GPU of the replayed step."""
     from fastdlp.bench.profile import bench_profile, print_profile
-    from fastdlp.cli import console
-    from fastdlp.engine.device import DTYPES, pick_backend, pick_device
+    from fastdlp.engine.device import DTYPES, pick_backend
 
-    on = pick_device(device)
-    gpu = on.type == "cuda"
-    dtype = precision or ("bf16" if gpu else "fp32")
-    _known("--precision", [dtype], DTYPES)
-    chosen = pick_backend(backend, on, DTYPES[dtype])
-    with console.telling("preparing") as tell:
-        result = bench_profile(model, clients or (10 if gpu else 1), batch_size, dtype, chosen, on, tell)
-    _deliver(_json(result), output, as_json, lambda: print_profile(result, console.out))
+    on, gpu = _on(device)
+    dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
+    chosen, number = pick_backend(backend, on, DTYPES[dtype]), clients or (10 if gpu else 1)
+    _measure(
+        lambda progress: bench_profile(model, number, batch_size, dtype, chosen, on, progress),
+        print_profile,
+        output,
+        as_json,
+    )
 
 
 @bench_app.command()
-def tune(
-    arch: Annotated[str, typer.Option("--arch", help="auto, or this GPU's own, like 90.")] = "auto",
-    dtype: Annotated[
-        list[str] | None, typer.Option("--dtype", help="fp32, bf16; may be given twice.", show_default="bf16, fp32")
-    ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.0, help="When to stop; the rest keeps its rows.")] = 4.0,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            "--processes", min=0, help="That compile beforehand; 0: none.", show_default="one a core, up to 16"
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cuda or cuda:N.")] = "auto",
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Where to write the table.", show_default="kernels/tiles.json")
-    ] = None,
+def launches(
+    model: Model = VIT,
+    without_peft: Annotated[bool, _option("--without-peft", "Leave out what needs PEFT.")] = False,
+    output: Output = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure this GPU's tiles for the Triton kernels and write the table that `--backend auto` goes by.
+    """Count the kernels that one FEDDLP step launches in every variant. Needs no GPU."""
+    from fastdlp.bench.launches import bench_launches, print_launches
 
-    The table is written whenever there are new rows, so a run that is killed keeps what it found.
-    """
-    from fastdlp.bench.report import print_tune
-    from fastdlp.bench.tune import TABLE, format_table
-    from fastdlp.bench.tune import tune as measure_table
-    from fastdlp.cli import console
-    from fastdlp.engine.device import DTYPES, pick_device
-
-    precisions = dtype or ["bf16", "fp32"]
-    _known("--dtype", precisions, DTYPES)
-    with console.telling("preparing") as tell:
-        result = measure_table(
-            pick_device(device),
-            arch,
-            precisions,
-            minutes,
-            tell,
-            lambda tables: write_atomic(output or TABLE, format_table(tables)),
-            processes,
-        )
-    print_tune(result, console.out)
-    _exit_if(result["failed"])
+    _measure(lambda progress: bench_launches(model, not without_peft), print_launches, output, as_json)
 
 
 @bench_app.command("compile")
 def compile_kernels(
-    arch: Annotated[
-        list[str] | None, typer.Option("--arch", help="80, 90; may be given twice.", show_default="both")
-    ] = None,
-    small: Annotated[
-        bool, typer.Option("--small", help="Take every tile, but not every rank, dtype and uneven batch.")
-    ] = False,
-    baseline: Annotated[
-        Path | None, typer.Option("--baseline", help="An earlier --output: also show what differs from it.")
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write the table to this file.")] = None,
+    arch: Annotated[list[str] | None, _many("--arch", "80, 90.", "both")] = None,
+    small: Annotated[bool, _option("--small", "Every tile, but not every rank, dtype and uneven batch.")] = False,
+    markdown: Annotated[Path | None, _option("--markdown", "Also write the table to this file.")] = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
@@ -278,148 +227,91 @@ def compile_kernels(
     Exits with 1 where a kernel spills, takes too much shared memory, lacks the tensor cores' instructions or waits for
     each of them.
     """
-    from fastdlp.bench.compile import SHARED_LIMIT, bench_compile, failures, print_compile, to_json, to_markdown
-    from fastdlp.cli import console
+    from fastdlp.bench.compile import SHARED_LIMIT, bench_compile, print_compile, to_markdown
 
     archs = arch or list(SHARED_LIMIT)
     _known("--arch", archs, SHARED_LIMIT)
-    before = None if baseline is None else _read_json(baseline)
-    with console.err.status("preparing") as status:
-        result = bench_compile(archs, small, status.update)
-    _deliver(to_json(result), output, as_json, lambda: print_compile(result, before, console.out))
-    if markdown is not None:
-        write_atomic(markdown, to_markdown(result, before))
-    _exit_if(failures(result))
+
+    def compiled(progress: Callable[[str], None]) -> dict[str, Any]:
+        result = bench_compile(archs, small, progress)
+        if markdown is not None:
+            write_atomic(markdown, to_markdown(result))
+        return result
+
+    _measure(compiled, print_compile, output, as_json)
 
 
 @bench_app.command()
-def demonstration(
-    output: Output = None,
+def tune(
+    dtype: Annotated[list[str] | None, _many("--dtype", "fp32, bf16.", "bf16, fp32")] = None,
+    minutes: Annotated[float, _option("--minutes", "When to stop; the rest keeps its rows.", min=0.0)] = 4.0,
+    device: Annotated[str, _option("--device", "auto, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path | None, _option("--output", "Where to write the table.", "kernels/tiles.json")] = None,
 ) -> None:
-    """Every method on the embedded digits, both encoders, β 0.1 and 0.01, three seeds, as a Markdown table."""
-    import torch
+    """Measure this GPU's tiles for the Triton kernels and write the table that `--backend auto` reads.
 
-    from fastdlp.bench.demonstration import demonstrate, markdown
-    from fastdlp.bench.machine import machine
-    from fastdlp.cli import console
+    The table is written whenever there are new rows, so a run that is killed keeps what it found.
+    """
+    from fastdlp.bench.tune import TABLE, format_table, print_tune
+    from fastdlp.bench.tune import tune as measure_table
+    from fastdlp.engine.device import DTYPES
 
-    with console.err.status("preparing") as status:
-        rows = demonstrate(status.update)
-    facts = {"command": "fastdlp bench demonstration", **machine(torch.device("cpu")), "torch": torch.__version__}
-    _deliver(_json({**facts, "rows": rows}), output, False, lambda: print(markdown(rows), end=""))
+    precisions = dtype or ["bf16", "fp32"]
+    _known("--dtype", precisions, DTYPES)
+    on, _ = _on(device)
+
+    def save(tables: dict[str, Any]) -> None:
+        write_atomic(output or TABLE, format_table(tables))
+
+    _measure(lambda progress: measure_table(on, precisions, minutes, progress, save), print_tune, None, False)
 
 
 @bench_app.command()
 def sweep(
-    method: Annotated[str, typer.Option("--method", help="One of train's methods.")] = TrainConfig.method,
-    lr: Annotated[
-        list[float] | None, typer.Option("--lr", help="May be given again.", show_default="3e-4, 1e-3, 3e-3, 1e-2")
-    ] = None,
-    alpha: Annotated[
-        list[float] | None, typer.Option("--alpha", help="May be given again.", show_default="0.1, 1")
-    ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="May be given again.", show_default="0, 1, 42")
-    ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    method: Annotated[str, _option("--method", "One of train's methods.")] = TrainConfig.method,
+    lr: Annotated[list[float] | None, _many("--lr", "Learning rates.", "3e-4, 1e-3, 3e-3, 1e-2")] = None,
+    alpha: Annotated[list[float] | None, _many("--alpha", "Weights of the distillation.", "0.1, 1")] = None,
+    seed: Annotated[list[int] | None, _many("--seed", "Seeds.", "0, 1, 42")] = None,
+    rounds: Annotated[int, _option("--rounds", "Rounds of each member.", min=1)] = 5,
+    device: Device = "auto",
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """A sweep on digits beside its members as runs of their own: how much faster, and whether they are the same."""
-    from fastdlp.bench.sweep import bench_sweep, markdown
-    from fastdlp.cli import console
+    from fastdlp.bench.sweep import bench_sweep, print_sweep
     from fastdlp.run.sweep import Grid
 
     grid = Grid(tuple(lr or (3e-4, 1e-3, 3e-3, 1e-2)), tuple(alpha or (0.1, 1.0)), tuple(seed or (0, 1, 42)))
-    with console.err.status("preparing") as status:
-        result = bench_sweep(TrainConfig(method=method, rounds=rounds, device=device), grid, status.update)
-    _deliver(_json(result), output, as_json, lambda: print(markdown(result), end=""))
+    config = TrainConfig(method=method, rounds=rounds, device=device)
+    _measure(lambda progress: bench_sweep(config, grid, _on(device)[0], progress), print_sweep, output, as_json)
 
 
-@bench_app.command()
-def growth(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="An open_clip model; its weights are random here.",
-            show_default="glyph-clip, on CUDA ViT-B-32-quickgelu",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Of all clients together.", show_default="1,000 batches")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=4, help="Samples a client and step.")
-    ] = TrainConfig.batch_size,
-    clients: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--clients", min=1, help="May be given again; 10 is always added.", show_default="1, 10, 100, 1000"
-        ),
-    ] = None,
-    rank: Annotated[
-        list[int] | None,
-        typer.Option("--rank", min=1, help="Of the global adapter; may be given again.", show_default="2, 4, 8, 16"),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32 or bf16.", show_default="fp32, on CUDA bf16")
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds of each point.")] = 3,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[str, typer.Option("--backend", help="auto, triton or torch.")] = TrainConfig.backend,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the result as PNG to this file.")] = None,
-    output: Output = None,
-    as_json: Json = False,
-) -> None:
-    """How the time of a FEDDLP round grows with clients, samples, ranks and uneven clients."""
-    from fastdlp.bench.growth import CLIENTS, RANKS, bench_growth, growth_figure, print_growth
-    from fastdlp.cli import console
-    from fastdlp.config import EMBEDDED_MODEL
-    from fastdlp.engine.device import DTYPES, pick_device
+# -- what all commands share --------------------------------------------------------------------------------
+
+
+def _on(device: str) -> tuple[torch.device, bool]:
+    """The device, and whether it is a GPU."""
+    from fastdlp.engine.device import pick_device
 
     on = pick_device(device)
-    gpu = on.type == "cuda"
-    dtype = precision or ("bf16" if gpu else "fp32")
-    _known("--precision", [dtype], DTYPES)
-    with console.err.status("preparing") as status:
-        result = bench_growth(
-            model or ("ViT-B-32-quickgelu" if gpu else EMBEDDED_MODEL),
-            samples or 1000 * batch_size,
-            batch_size,
-            dtype,
-            repeats,
-            on,
-            status.update,
-            clients or CLIENTS,
-            rank or RANKS,
-            backend,
-        )
-    _deliver(_json(result), output, as_json, lambda: print_growth(result, console.out))
-    if plot is not None:
-        write_atomic(plot, growth_figure(result))
+    return on, on.type == "cuda"
 
 
-def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+def _dtype(flag: str, given: str | None, default: str) -> str:
+    from fastdlp.engine.device import DTYPES
+
+    _known(flag, [given or default], DTYPES)
+    return given or default
+
+
+def _known(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            raise FastdlpError(f"unknown {option} {name!r}: choose from {', '.join(known)}")
-
-
-def _json(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=1) + "\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FastdlpError(f"{path} is no JSON of an earlier result: {error}") from error
+            raise FastdlpError(f"unknown {flag} {name!r}: choose from {', '.join(known)}")
 
 
 def _saving(output: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Writes the result so far, lest a killed run lose it; a write error is reported at the end."""
+    """Writes the result so far, so that a killed run leaves it; a write error is reported at the end."""
 
     def save(result: dict[str, Any]) -> None:
         if output is not None:
@@ -429,22 +321,34 @@ def _saving(output: Path | None) -> Callable[[dict[str, Any]], None]:
     return save
 
 
-def _exit_if(failed: Sequence[str]) -> None:
-    """With 1, and the reasons on stderr: what was measured is written, and yet not all is well."""
+def _json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+
+
+def _measure(
+    measure: Callable[[Callable[[str], None]], dict[str, Any]],
+    show: Callable[[dict[str, Any], Console], None],
+    output: Path | None,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Measure with progress on stderr, write the JSON, and print it or its table even where writing fails.
+
+    Exits with 1 where the result has "failed", after printing these lines on stderr.
+    """
     from fastdlp.cli import console
 
+    with console.telling("preparing") as progress:
+        result = measure(progress)
+    try:
+        if output is not None:
+            write_atomic(output, _json(result))
+    finally:
+        if as_json:
+            print(_json(result), end="")
+        else:
+            show(result, console.out)
+    failed: Sequence[str] = result.get("failed", ())
     if failed:
         console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
-
-
-def _deliver(text: str, output: Path | None, as_json: bool, show: Callable[[], None]) -> None:
-    """Write the JSON to the file that was asked for, and print it or show what it says: also where the disk refuses."""
-    try:
-        if output is not None:
-            write_atomic(output, text)
-    finally:
-        if as_json:
-            print(text, end="")
-        else:
-            show()
+    return result

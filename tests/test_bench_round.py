@@ -1,4 +1,4 @@
-"""The benchmark of a round: every form is there and checked, a wrong one is refused, and what is told is exact."""
+"""The benchmark of a round: every variant is measured after its check, and a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -12,21 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdlp.bench import (
-    engine,
-    flops,
-    full_baseline,
-    paper_baseline,
-    peft_baseline,
-    products,
-    round,
-    round_check,
-    strongest_baseline,
-    turns,
-)
-from fastdlp.bench.image_forms import image_forms
+from fastdlp.bench import baselines, fastdlp_rounds, round
 from fastdlp.bench.problem import Problem, make_problem
-from fastdlp.bench.report import print_round
 from fastdlp.cli import bench as cli_bench
 from fastdlp.cli import console
 from fastdlp.clip import tower
@@ -58,29 +45,23 @@ def measured(setting: round.Setting, **changes: Any) -> dict[str, Any]:
     return round.bench_round(replace(setting, **changes), lambda text: None)
 
 
-def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
+def test_every_variant_is_checked_and_measured(setting: round.Setting) -> None:
     result = measured(setting)
-    rows = {(row["form"], row["precision"]): row for row in result["rows"]}
+    rows = {(row["variant"], row["precision"]): row for row in result["rows"]}
     both = ["PEFT", "PEFT, strongest", "paper's way, 8 forwards", "full fine-tuning"]
     both += ["fastdlp", "fastdlp pre-update", "fastdlp flora, image", "fastdlp flora, text"]
     assert set(rows) == {(name, p) for name in both for p in ("fp32", "bf16")} | {("PEFT, autocast", "bf16")}
     for (name, precision), row in rows.items():
-        if name.startswith("fastdlp"):
-            assert row["times_products"] == pytest.approx(row["ms_50"] / row["ms_products"])
-        else:
-            assert row["times_products"] is None
         assert 0 < row["ms_20"] <= row["ms_50"] <= row["ms_80"]
-        assert row["images_per_s"] == pytest.approx(2 * 4 / row["ms_50"] * 1e3)
-        assert row["kernels"] > 100
         assert row["rounds"] == 2
         assert 0 < row["peak_share"] < 1
         assert row["peak_bytes"] is None
         if (name, precision) == ("PEFT", "fp32"):
-            assert (row["compared_with"], row["compared_steps"]) == ("itself", [])
+            assert (row["compared_with"], row["loss_errors"]) == ("itself", {})
             continue
-        assert row["compared_steps"] == ([1] if row["group"] == "FLoRA" else [1, 2, 3])
+        assert row["loss_errors"]
         for name, errors in row["loss_errors"].items():
-            assert len(errors) == len(row["compared_steps"])
+            assert len(errors) == (1 if row["group"] == "FLoRA" else 3)
             assert max(errors) <= result["tolerance"][precision][name[:2]]
     assert rows["fastdlp", "fp32"]["compared_with"] == "PEFT"
     assert "pair of forwards" in rows["fastdlp pre-update", "fp32"]["compared_with"]
@@ -89,49 +70,42 @@ def test_every_form_is_checked_and_measured(setting: round.Setting) -> None:
     assert set(rows["fastdlp flora, text", "bf16"]["times"]) == {"full", "full fp32"}
 
 
-def test_kernels_of_clients_in_turn_are_those_of_all(setting: round.Setting) -> None:
-    one, two = (
-        measured(setting, clients=clients, precisions=("fp32",), only=("peft", "fastdlp"))["rows"] for clients in (1, 2)
-    )
-    assert two[0]["kernels"] == 2 * one[0]["kernels"]
-    assert two[1]["kernels"] < 1.1 * one[1]["kernels"]
-
-
 def test_what_is_measured_by_default_passes_with_room() -> None:
-    """At a learning rate of 1e-4 what rounding grew to had the form refused, with these prompts and 32 images."""
+    """At a learning rate of 1e-4 what rounding grew to had the variant refused, with these prompts and 32 images."""
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)
     posed = make_problem(setting.model, setting.batch)
-    forms = [form for form in image_forms(posed, ("torch",), True) if form.name in ("PEFT", "fastdlp")]
+    both = [variant for variant in round.variants(posed, setting) if variant.name in ("PEFT", "fastdlp")]
     expected: dict[tuple[str, str], Any] = {}
-    _, ours = (round._checked(form, "fp32", posed, setting, expected) for form in forms)
+    _, ours = (round.check(variant, "fp32", posed, setting, expected) for variant in both)
     assert ours.compared_with == "PEFT"
     for name, errors in ours.errors.items():
-        assert errors.max() < 0.1 * round_check.TOLERANCE["fp32"][name[:2]]
+        assert max(errors) < 0.1 * round.TOLERANCE["fp32"][name[:2]]
 
 
 def test_references_are_not_in_tf32(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, plain = [], turns.TurnsRounds.first_steps
+    seen, plain = [], baselines.PeftRounds.first_steps
 
-    def first_steps(self: turns.TurnsRounds) -> Any:
+    def first_steps(self: baselines.PeftRounds) -> Any:
         seen.append(torch.backends.cudnn.allow_tf32)
         return plain(self)
 
-    monkeypatch.setattr(turns.TurnsRounds, "first_steps", first_steps)
+    monkeypatch.setattr(baselines.PeftRounds, "first_steps", first_steps)
     measured(setting, precisions=("fp32",), only=("peft", "fastdlp"))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_without_peft_the_first_form_is_the_reference(setting: round.Setting) -> None:
+def test_without_peft_the_first_variant_is_the_reference(setting: round.Setting) -> None:
     result = measured(setting, precisions=("fp32",), with_peft=False)
     rows = {row["key"]: row for row in result["rows"]}
     assert set(rows) == {"fastdlp", "pre-update", "full", "flora"}
-    assert (rows["fastdlp"]["compared_with"], rows["pre-update"]["compared_steps"]) == ("itself", [1])
+    assert rows["fastdlp"]["compared_with"] == "itself"
+    assert [len(errors) for errors in rows["pre-update"]["loss_errors"].values()] == [1, 1, 1]
     assert "peft" not in result["versions"]
 
 
 WRONG = {
-    # what is changed: which form it is, and the first step at which its losses must be refused
+    # what is changed: which variant it is, and the first step at which its losses must be refused
     "a loss": ("peft", "step 1"),
     "the step of one adapter left out": ("strongest", "step 2"),
     "the same in bf16": ("strongest", "step"),
@@ -144,32 +118,35 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_form_is_refused(what: str, setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_variant_is_refused(what: str, setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     key, step = WRONG[what]
     if what == "a loss":
-        plain = peft_baseline.kl
-        monkeypatch.setattr(peft_baseline, "kl", lambda student, teacher: 1.05 * plain(student, teacher))
+        plain = baselines.kl
+        monkeypatch.setattr(baselines, "kl", lambda student, teacher: 1.05 * plain(student, teacher))
         key = "fastdlp"  # it is PEFT that the others are compared with
     elif what in ("the step of one adapter left out", "the same in bf16"):
-        update = peft_baseline.PeftRounds._update
+        update = baselines.PeftRounds._update
 
-        def forgets(self: Any, adapter: str, loss: torch.Tensor) -> None:
-            if adapter == "local":
-                update(self, adapter, loss)
+        def forgets(self: Any, adapter: str, *others: Any) -> Any:
+            weights = [tensor.clone() for tensor in self._live]
+            losses = update(self, adapter, *others)
+            if adapter == "global":
+                torch._foreach_copy_(self._live, weights)
+            return losses
 
-        monkeypatch.setattr(strongest_baseline.StrongestRounds, "_update", forgets)
+        monkeypatch.setattr(baselines.StrongestRounds, "_update", forgets)
     elif what == "text features of other prompts":
-        features = paper_baseline.PaperRounds._class_features
-        monkeypatch.setattr(paper_baseline.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
+        features = baselines.PaperRounds._class_features
+        monkeypatch.setattr(baselines.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
     elif what == "no average":
-        monkeypatch.setattr(paper_baseline.PaperRounds, "_average", lambda self: None)
+        monkeypatch.setattr(baselines.PaperRounds, "_average", lambda self: None)
     elif what == "adapters left by the client before":
-        monkeypatch.setattr(turns, "_copy", lambda live, held: None)
+        monkeypatch.setattr(torch, "_foreach_copy_", lambda live, held: None)
     elif what == "another learning rate":
-        settings = engine.Hyperparameters
-        monkeypatch.setattr(engine, "Hyperparameters", lambda lr, *others: settings(1.5 * lr, *others))
+        settings = fastdlp_rounds.Hyperparameters
+        monkeypatch.setattr(fastdlp_rounds, "Hyperparameters", lambda lr, *others: settings(1.5 * lr, *others))
     else:
-        monkeypatch.setattr(full_baseline.FullRounds, "_epoch", _scaled(full_baseline.FullRounds._epoch))
+        monkeypatch.setattr(baselines.FullRounds, "_epoch", _scaled(baselines.FullRounds._epoch))
     result = measured(setting, precisions=("bf16" if "bf16" in what else "fp32",), only=(key,))
     assert result["rows"] == []
     for refusal in result["failed"]:
@@ -185,13 +162,13 @@ def _scaled(epoch: Any) -> Any:
     ]
 
 
-def test_a_result_grows_and_one_form_loses_no_other(
+def test_a_result_grows_and_one_variant_loses_no_other(
     model: str, cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A form that dies in its second round keeps its first; a wrong one is reported, and the exit code is of both."""
-    features = paper_baseline.PaperRounds._class_features
-    monkeypatch.setattr(paper_baseline.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
-    train, rounds, sizes = engine.EngineRounds.round, [0], []
+    """A variant that dies in its second round keeps its first; a wrong one is reported; the exit code is of both."""
+    features = baselines.PaperRounds._class_features
+    monkeypatch.setattr(baselines.PaperRounds, "_class_features", lambda self: features(self).roll(1, 0))
+    train, rounds, sizes = fastdlp_rounds.EngineRounds.round, [0], []
 
     def dies(self: Any) -> Any:
         rounds[0] += 1
@@ -202,10 +179,10 @@ def test_a_result_grows_and_one_form_loses_no_other(
     def keep(result: dict[str, Any]) -> None:
         sizes.append(len(json.loads(json.dumps(result))["rows"]))
 
-    monkeypatch.setattr(engine.EngineRounds, "round", dies)
+    monkeypatch.setattr(fastdlp_rounds.EngineRounds, "round", dies)
     monkeypatch.setattr(cli_bench, "_saving", lambda output: keep)
     command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 3, "--device", "cpu"]
-    command += ["--precision", "fp32", "--only", "peft", "--only", "paper", "--only", "fastdlp", "--without-launches"]
+    command += ["--precision", "fp32", "--only", "peft", "--only", "paper", "--only", "fastdlp"]
     code, out, err = cli(*command, "--json", "--output", tmp_path / "round.json")
     assert code == 1
     result = json.loads(out)
@@ -214,10 +191,9 @@ def test_a_result_grows_and_one_form_loses_no_other(
     assert died == "fastdlp in fp32: RuntimeError an illegal memory access"
     assert "illegal memory access" in err
     assert {row["key"]: row["rounds"] for row in result["rows"]} == {"peft": 3, "fastdlp": 1}
-    assert all(row["kernels"] is None for row in result["rows"])
     assert sizes[:3] == [1, 1, 2]
     assert json.loads((tmp_path / "round.json").read_text()) == result
-    print_round(result, console.out)
+    round.print_round(result, console.out)
 
 
 def test_text_rows(setting: round.Setting) -> None:
@@ -226,15 +202,15 @@ def test_text_rows(setting: round.Setting) -> None:
     assert set(rows) == {(key, p) for key in ("uncached", "fastdlp") for p in ("fp32", "bf16")}
     assert rows["uncached", "fp32"]["compared_with"] == "itself"
     for key in (("uncached", "bf16"), ("fastdlp", "fp32"), ("fastdlp", "bf16")):
-        assert rows[key]["compared_steps"] == [1, 2, 3]
+        assert {len(errors) for errors in rows[key]["loss_errors"].values()} == {3}
     plain, ours = rows["uncached", "fp32"], rows["fastdlp", "fp32"]
     assert ours["times"]["uncached"] == pytest.approx(plain["ms_50"] / ours["ms_50"])
-    assert ours["kernels"] < plain["kernels"]  # which runs the image tower in each of three forwards
+    assert ours["ms_50"] < plain["ms_50"]  # which runs the image tower in each of three forwards
 
 
 def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = engine.frozen_image_features
-    monkeypatch.setattr(engine, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
+    features = fastdlp_rounds.frozen_image_features
+    monkeypatch.setattr(fastdlp_rounds, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
     told = measured(setting, encoder="text", only=("fastdlp",))["failed"]
     assert told[0].startswith("fastdlp in fp32 does not compute the losses of all 20 tokens")
 
@@ -244,48 +220,45 @@ def test_operations_of_the_frozen_products(problem: Problem) -> None:
     w, m, tokens = 32, 128, 10
     block, last = tokens * (4 * w * w + 2 * w * m), tokens * 2 * w * w + 2 * w * w + 2 * w * m
     forward = 2 * (block + last + w * 16)
-    assert flops.forward_flops(problem.clip.image, tokens) == forward
-    assert flops.backward_flops(problem.clip.image, tokens) == forward - 2 * tokens * 3 * w * w
-    assert flops.image_step(problem, 3, 0) == 3 * 2 * 4 * forward
+    image = problem.clip.image
+    assert round.frozen_flops(image, 1, tokens, 1, 0) == forward
+    assert round.frozen_flops(image, 1, tokens, 0, 1) == forward - 2 * tokens * 3 * w * w
+    assert round.frozen_flops(image, 8, tokens, 3, 2) == 8 * (5 * forward - 4 * tokens * 3 * w * w)
 
 
 @pytest.mark.parametrize("encoder", ["image", "text"])
-def test_products_alone_are_those_of_a_step(problem: Problem, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each frozen weight meets as many rows in as many calls as in the step itself, in either direction."""
+def test_operations_are_those_of_a_step(
+    problem: Problem, setting: round.Setting, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FLOP of a variant are those of all calls of frozen products in a step, in either direction."""
     calls: Counter[tuple[Any, ...]] = Counter()
 
     def count(name: str, *modules: Any) -> None:
         plain = getattr(modules[0], name)
 
         def counting(x: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
-            calls[name, weight.data_ptr(), tuple(weight.shape), len(x)] += 1
+            calls[tuple(weight.shape), len(x)] += 1
             return plain(x, weight, *bias)
 
         for module in modules:
             monkeypatch.setattr(module, name, counting)
 
-    rounds = {"image": engine.image_rounds, "text": engine.text_rounds}[encoder](problem, "fp32", CPU)
-    alone = rounds.products(3, 2)
-    count("frozen_linear", dual_lora, tower, products)
-    count("frozen_linear_backward", dual_lora, products)
-    rounds.engine.slots = rounds._slots(range(1))
+    rounds = {"image": fastdlp_rounds.image_rounds, "text": fastdlp_rounds.text_rounds}[encoder](problem, "fp32", CPU)
+    count("frozen_linear", dual_lora, tower)
+    count("frozen_linear_backward", dual_lora)
+    rounds.engine.slots = rounds.slots(range(1))
     rounds.step()
-    in_a_step = Counter(calls)
-    calls.clear()
-    alone.step()
-    assert calls == in_a_step
-    steps = {"image": flops.image_step, "text": flops.text_step}[encoder]
-    assert alone.flop == steps(problem, 3, 2) == sum(2 * r * o * i * n for (_, _, (o, i), r), n in calls.items())
+    found = {variant.key: variant for variant in round.variants(problem, replace(setting, encoder=encoder))}
+    assert found["fastdlp"].flop == sum(2 * rows * out * width * n for ((out, width), rows), n in calls.items())
 
 
 def test_files_are_written(model: str, cli: CLI, tmp_path: Path) -> None:
-    output, plot = tmp_path / "round.json", tmp_path / "round.png"
+    output = tmp_path / "round.json"
     command = ["bench", "round", "--model", model, "--batch-size", 2, "--repeats", 2, "--clients", 2, "--steps", 2]
     command += ["--device", "cpu", "--only", "peft", "--only", "fastdlp", "--only", "flora"]
-    code, out, _ = cli(*command, "--output", output, "--plot", plot)
+    code, out, _ = cli(*command, "--output", output)
     assert code == 0
     assert "PEFT" in out
-    assert plot.read_bytes().startswith(b"\x89PNG")
     result = json.loads(output.read_text())
     assert result["command"].startswith("fastdlp bench round --model")
     assert {"device", "threads", "commit", "versions", "tolerance", "peak_tflops"} <= set(result)
@@ -305,5 +278,5 @@ def test_a_file_that_cannot_be_written_loses_no_result(model: str, cli: CLI, tmp
 def test_nothing_left_is_told(model: str, cli: CLI) -> None:
     code, _, err = cli("bench", "round", "--model", model, "--only", "autocast", "--precision", "fp32")
     assert code == 2
-    assert "no form is left" in err
+    assert "no variant is left" in err
     assert err.count("\n") == 1

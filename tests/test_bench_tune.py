@@ -15,10 +15,10 @@ import torch
 
 from fastdlp.adapters.branches import TowerShape
 from fastdlp.bench import tune
+from fastdlp.bench.common import Times
+from fastdlp.bench.each_tile import Work
 from fastdlp.bench.kernels import ImageTower
-from fastdlp.bench.timing import Times
 from fastdlp.bench.tune import Notes, OutOfTime, RowClass, Timing, choose, compile_ahead, measure_kernel, replaced
-from fastdlp.bench.work import Work
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.tiles import Tile, table, tile_for
 
@@ -102,7 +102,7 @@ def test_a_chosen_row_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_new_rows_take_the_place_of_the_old() -> None:
     a, b, c = ({"kernel": name, "itemsize": [2, 4]} for name in "abc")
     new = [{"kernel": "b", "itemsize": [2], "warps": 8}]
-    assert replaced([a, b, c], "b", 2, None, new) == [a, *new, b | {"itemsize": [4]}, c]
+    assert replaced([a, b, c], "b", 2, None, new) == [a, b | {"itemsize": [4]}, *new, c]
     assert replaced(replaced([a, b, c], "b", 2, None, new), "b", 4, None, []) == [a, *new, c]
     assert replaced([a], "b", 2, None, new) == [a, *new]
 
@@ -136,7 +136,7 @@ def test_every_kernel_is_tuned_or_kept() -> None:
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(call: Callable[[], Any], device: torch.device, milliseconds: float, graph: bool) -> Times:
         call()
-        return Times(1.0, 1.0, 1.0, 1)
+        return Times(1.0, 1.0, 1.0)
 
     monkeypatch.setattr(tune, "measure", once)
 
@@ -147,11 +147,11 @@ def test_every_launcher_agrees_with_the_library(device: torch.device, kernel: st
     tried = [tile_for(kernel, device, 4)]
     if kernel.startswith("product"):
         tried.append(LIBRARY)
-    notes = Notes([], [])
+    notes = Notes()
     deadline = time.monotonic() + 60
     found = measure_kernel(kernel, "fp32", TINY, ROWS, tried, device, deadline, notes, lambda text: None)
     assert len(found) == len(tune.LINEARS[kernel]) * len(tried)
-    assert notes == Notes([], [])
+    assert notes == Notes()
     for timing in found:  # as the launcher would look it up
         assert tile_for(kernel, device, 4, 96, timing.out, timing.width)
 
@@ -161,7 +161,7 @@ def work(run: Callable[[Tile], list[torch.Tensor]]) -> Callable[..., Work]:
 
 
 def measured(tried: list[Tile], seconds: float = 60.0) -> tuple[list[Timing], Notes]:
-    cpu, deadline, notes = torch.device("cpu"), time.monotonic() + seconds, Notes([], [])
+    cpu, deadline, notes = torch.device("cpu"), time.monotonic() + seconds, Notes()
     return measure_kernel("down", "fp32", TINY, ROWS, tried, cpu, deadline, notes, lambda text: None), notes
 
 
@@ -219,17 +219,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         return [Timing(rows.rows_to, 96, 48, best, 1.0)]
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tune, "machine", lambda device: {"device": "X", "commit": "abc"})
+    facts = {"device": "X", "commit": "abc", "versions": {"torch": "2", "triton": "3"}}
+    monkeypatch.setattr(tune.common, "facts", lambda *arguments: facts)
     monkeypatch.setattr(tune, "measure_kernel", measured)
     return torch.device("cuda")
 
 
-def tuned(gpu: torch.device, architecture: str, *precisions: str, **more: Any) -> dict[str, Any]:
-    return tune.tune(gpu, architecture, precisions, 1.0, lambda text: None, processes=0, **more)
+def tuned(gpu: torch.device, *precisions: str, **more: Any) -> dict[str, Any]:
+    return tune.tune(gpu, precisions, 1.0, lambda text: None, processes=0, **more)
 
 
 def test_only_this_architecture_is_written(gpu: torch.device) -> None:
-    result = tuned(gpu, "auto", "bf16", "fp32")
+    result = tuned(gpu, "bf16", "fp32")
     new, before = result["tables"], table()
     assert list(new) == list(before)
     assert {name: new[name] for name in new if name != "90"} == {name: before[name] for name in before if name != "90"}
@@ -252,7 +253,7 @@ def test_only_this_architecture_is_written(gpu: torch.device) -> None:
 
 def test_the_table_is_written_as_it_grows(gpu: torch.device) -> None:
     saved: list[dict[str, Any]] = []
-    result = tuned(gpu, "auto", "bf16", save=lambda tables: saved.append(json.loads(json.dumps(tables))))
+    result = tuned(gpu, "bf16", save=lambda tables: saved.append(json.loads(json.dumps(tables))))
     assert len(saved) == len(tune.CLASSES) * len(tune.LINEARS) + 1
     before = table()["90"]
     first = [row for row in saved[0]["90"]["rows"] if row not in before["rows"]]
@@ -262,20 +263,15 @@ def test_the_table_is_written_as_it_grows(gpu: torch.device) -> None:
 
 
 def test_what_was_not_finished_is_not_called_measured(gpu: torch.device) -> None:
-    entry = tuned(gpu, "90", "fp32")["tables"]["90"]
+    entry = tuned(gpu, "fp32")["tables"]["90"]
     assert entry["measured"] == table()["90"]["measured"]
 
 
 def test_a_new_architecture_starts_from_the_fallback(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    tables = tuned(gpu, "auto", "bf16")["tables"]
+    tables = tuned(gpu, "bf16")["tables"]
     assert {row["kernel"] for row in tables["120"]["rows"]} == {row["kernel"] for row in tables["80"]["rows"]}
     assert table().keys() == tables.keys() - {"120"}
-
-
-def test_another_architecture_cannot_be_measured(gpu: torch.device) -> None:
-    with pytest.raises(FastdlpError, match="--arch 80: this GPU is 90"):
-        tuned(gpu, "80", "bf16")
 
 
 @pytest.mark.slow
@@ -292,7 +288,7 @@ def test_candidates_are_compiled_in_other_processes(device: torch.device) -> Non
 def test_all_candidates_are_compiled_first(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(tune, "compile_ahead", lambda jobs, *others: given.extend(jobs) or len(jobs))
-    notes = tune.tune(gpu, "auto", ["bf16"], 1.0, lambda text: None, processes=1)["notes"]
+    notes = tune.tune(gpu, ["bf16"], 1.0, lambda text: None, processes=1)["notes"]
     assert f"{len(given)} of {len(given)} candidates were compiled ahead" in notes
     assert {kernel for kernel, *_ in given} == set(tune.LINEARS)
     assert [case.model for *_, case, _ in given] == sorted(case.model for *_, case, _ in given)

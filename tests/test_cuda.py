@@ -144,7 +144,7 @@ def test_no_step_waits_for_the_host(tmp_path: Path, graph: bool) -> None:
 
 def test_memory_stays_within_its_estimate(tmp_path: Path) -> None:
     """The peak of a round's activations against `activation_bytes`, ViT-B/32 in bf16."""
-    from fastdlp.bench.engine import image_rounds
+    from fastdlp.bench.fastdlp_rounds import image_rounds
     from fastdlp.bench.problem import make_problem
     from fastdlp.engine.memory import GRAPHS, activation_bytes
 

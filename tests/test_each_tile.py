@@ -12,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdlp.bench import each_tile
-from fastdlp.bench.each_tile import CASE, TableRow, table_rows
+from fastdlp.bench.each_tile import CASE, LINEARS, TableRow, make_work, table_rows
 from fastdlp.bench.kernels import TOLERANCE
-from fastdlp.bench.tune import LINEARS
-from fastdlp.bench.work import make_work
 from fastdlp.engine.device import DTYPES
 from fastdlp.kernels import frozen, tiles
 

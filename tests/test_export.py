@@ -24,6 +24,7 @@ import fastdlp
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import Branch, tower_sites
 from fastdlp.adapters.serialization import load_client, load_tensors, save_tensors
+from fastdlp.bench.baselines import hugging_face_clip as clip_model
 from fastdlp.clip.load import Clip, load_clip
 from fastdlp.errors import FastdlpError
 from fastdlp.export import file_format
@@ -31,7 +32,6 @@ from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.open_clip_format import FILE_PREPROCESSING, name_for_a_file
 from fastdlp.export.peft_format import hub_model, write_peft
 from fastdlp.kernels.groups import RowGroups
-from tests.hugging_face import clip_model
 from tests.models import tiny_clip
 
 PROMPTS = [f"a photo of the number {i}." for i in range(10)]

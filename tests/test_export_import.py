@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastdlp
 from fastdlp.adapters.branches import TowerShape, tower_sites
+from fastdlp.bench.baselines import hugging_face_clip as clip_model
 from fastdlp.clip.load import load_clip
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
@@ -24,7 +25,6 @@ from fastdlp.export.api import export_adapter, load_adapter
 from fastdlp.export.file_format import write_adapter
 from fastdlp.export.open_clip_format import add
 from fastdlp.export.peft_format import write_peft
-from tests.hugging_face import clip_model
 from tests.models import tiny_clip
 from tests.pairs import cases
 

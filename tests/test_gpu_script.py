@@ -117,7 +117,7 @@ def test_the_default_stages(script: Script, tmp_path: Path) -> None:
 def test_stages_by_name_and_in_order(script: Script) -> None:
     _, _, files, calls = script(STAGES="kernels preflight")
     assert list(ends(files)) == ["kernels", "preflight"]
-    assert [call.split()[1] for call in calls] == ["fastdlp", "fastdlp.bench.preflight"]
+    assert [call.split()[1] for call in calls] == ["fastdlp", "torch.utils.collect_env"]
     assert list(ends(script(STAGES="C")[2])) == ["preflight", "baselines", "text", "racecheck"]
 
 
@@ -207,7 +207,7 @@ def test_without_open_clip_nothing_fails_to_be_collected(script: Script, tmp_pat
         WITHOUT_OPEN_CLIP, ROOT, STAGES="preflight tests", PYTHONPATH=str(tmp_path / "blocked"), PROCESSES="0"
     )
     assert code == 0, output
-    assert "MISSING open_clip_torch: without it not bench round, profile" in files["preflight.txt"]
-    assert "torch sees no CUDA GPU" in files["preflight.txt"]
+    assert "PyTorch version: " in files["preflight.txt"]
+    assert "not installed: open_clip, for test_tower.py" in files["summary.txt"]
     assert "test_dual_lora_ops.py" in files["tests.txt"]
     assert "test_training_follows_the_cpu" not in files["tests.txt"]
