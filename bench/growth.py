@@ -309,5 +309,7 @@ def _draw(panel: Axes, axis: str, rows: Sequence[dict[str, Any]]) -> None:
     panel.minorticks_off()
     panel.margins(x=0.3 if axis == "ragged" else 0.1)
     panel.set_ylim(0, 1.25 * max(most))
+    if of_round:
+        panel.set_xlim(0)
     if axis != "ragged":
         panel.legend(loc="lower right" if of_round else "lower left")
