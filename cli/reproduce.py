@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastdlp.cli.options import HELP, config_options
+from fastdlp.cli.options import config_options
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.report.paper.tables import TABLES, find_table
@@ -116,8 +116,7 @@ def _reproduce(
 
 for _name, _table in TABLES.items():
     _betas = " and ".join(f"{beta:g}" for beta in _table.betas)
-    _without = [name for name in HELP if name not in _OF_TRAIN]
-    app.command(_name, short_help=f"{_table.title}, β {_betas}")(config_options(_reproduce, without=_without))
+    app.command(_name, short_help=f"{_table.title}, β {_betas}")(config_options(_OF_TRAIN)(_reproduce))
 
 
 @app.command()
