@@ -247,7 +247,7 @@ def print_kernels(result: dict[str, Any], console: Console) -> None:
             "linear": row["case"],
             "variant": row["variant"],
             "ms": f"{row['ms_50']:.3f}",
-            "20–80 %": f"{row['ms_20']:.3f}–{row['ms_80']:.3f}",
+            "20–80%": f"{row['ms_20']:.3f}–{row['ms_80']:.3f}",
             "÷ frozen": f"{row['times_frozen']:.2f}",
             "TFLOP/s": f"{row['tflops']:.3g}",
             "error": f"{row['error']:.0e}",

@@ -377,7 +377,7 @@ def _cells(row: dict[str, Any], labels: Sequence[str]) -> dict[str, str]:
         "variant": row["variant"],
         "dtype": row["precision"],
         "ms": f"{row['ms_50']:,.0f}",
-        "20–80 %": f"{row['ms_20']:,.0f}–{row['ms_80']:,.0f}",
+        "20–80%": f"{row['ms_20']:,.0f}–{row['ms_80']:,.0f}",
         **{f"× {label}": f"{row['times'][label]:.2f}" if label in row["times"] else "-" for label in labels},
         **({"peak GB": f"{row['peak_bytes'] / 1e9:.2f}"} if row["peak_bytes"] is not None else {}),
         "of peak": f"{row['peak_share']:.0%}",
