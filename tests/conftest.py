@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sharing import once
+
 CLI = Callable[..., tuple[int, str, str]]
 BAND = 2**15  # elements on either side of a guarded operand: a tile's worth, so that a missing mask ends there
 
@@ -43,16 +45,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(shared: Path) -> Path:
     """A partition file of digits: clients of 12, 7 and 5 training samples and 4 test samples each."""
     members, at = {}, 0
     for client, (train, test) in enumerate([(12, 4), (7, 4), (5, 4)]):
         names = [f"digits/{i:05d}" for i in range(at, at + train + test)]
         members[str(client)] = {"train": names[:train], "test": names[train:]}
         at += train + test
-    path = tmp_path_factory.mktemp("partition") / "few.json"
-    path.write_text(json.dumps({"format": "fastdlp-partition", "version": 1, "clients": members}))
-    return path
+    content = json.dumps({"format": "fastdlp-partition", "version": 1, "clients": members})
+    return once(shared / "few.json", lambda path: path.write_text(content))
 
 
 @pytest.fixture
