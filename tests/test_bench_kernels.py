@@ -82,7 +82,7 @@ def test_flop_are_those_of_the_products() -> None:
     assert CASE.count("backward", 2)[0] == 2 * m * n * k + 2 * down + 2 * up
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_rows_are_checked_and_measured(device: torch.device, dtype: str) -> None:
     result = bench(device, dtype, ("qkv", "proj"))
     expected = {"frozen", "roofline", "addmm", "K-augmented"}
@@ -224,6 +224,7 @@ def test_measure_gives_what_the_clock_says() -> None:
     assert len(calls) == 1 + 3 + times.calls + times.calls // 4  # first, estimate, timed and warm-up
 
 
+@pytest.mark.slow
 def test_command_line(
     cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_kernels_of_clients_in_turn_are_those_of_all(setting: round.Setting) -> 
     assert two[1]["kernels"] < 1.1 * one[1]["kernels"]
 
 
+@pytest.mark.slow
 def test_what_is_measured_by_default_passes_with_room() -> None:
     """At a learning rate of 1e-4 what rounding grew to had the form refused, with these prompts and 32 images."""
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)
