@@ -11,9 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
+
+from tests.sharing import once
 
 CLI = Callable[..., tuple[int, str, str]]
 BAND = 2**15  # elements on either side of a guarded operand: a tile's worth, so that a missing mask ends there
@@ -43,16 +47,36 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(shared: Path) -> Path:
     """A partition file of digits: clients of 12, 7 and 5 training samples and 4 test samples each."""
     members, at = {}, 0
     for client, (train, test) in enumerate([(12, 4), (7, 4), (5, 4)]):
         names = [f"digits/{i:05d}" for i in range(at, at + train + test)]
         members[str(client)] = {"train": names[:train], "test": names[train:]}
         at += train + test
-    path = tmp_path_factory.mktemp("partition") / "few.json"
-    path.write_text(json.dumps({"format": "fastdlp-partition", "version": 1, "clients": members}))
-    return path
+    content = json.dumps({"format": "fastdlp-partition", "version": 1, "clients": members})
+    return once(shared / "few.json", lambda path: path.write_text(content))
+
+
+@pytest.fixture(scope="session")
+def handful(shared: Path) -> dict[str, str]:
+    """Options of a data set for Triton's interpreter: two classes, and clients of 4, 2 and 1 training samples."""
+
+    def write(folder: Path) -> None:
+        for kind in range(2):
+            (folder / "images" / f"kind_{kind}").mkdir(parents=True)
+            for i in range(5):
+                shades = np.random.default_rng([kind, i]).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(shades).save(folder / f"images/kind_{kind}/{i}.png")
+        names, members = [f"kind_{i % 2}/{i // 2}.png" for i in range(10)], {}
+        for client, (first, train, test) in enumerate([(0, 4, 1), (5, 2, 1), (8, 1, 1)]):
+            own = names[first : first + train + test]
+            members[str(client)] = {"train": own[:train], "test": own[train:]}
+        content = {"format": "fastdlp-partition", "version": 1, "clients": members}
+        (folder / "partition.json").write_text(json.dumps(content))
+
+    folder = once(shared / "handful", write)
+    return {"dataset": f"folder:{folder / 'images'}", "partition": str(folder / "partition.json")}
 
 
 @pytest.fixture

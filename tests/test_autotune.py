@@ -334,7 +334,7 @@ def run_here(some: list[Unit], cache: Path) -> Selection:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
-@pytest.mark.parametrize("encoder", ["image", "text"])
+@pytest.mark.parametrize("encoder", ["image", pytest.param("text", marks=pytest.mark.slow)])
 def test_units_of_a_tower(encoder: str, towers: Any, tmp_path: Path) -> None:
     """Every unit runs both forms on its own, and finds them equal."""
     found = run_here(list(all_units(towers, encoder)), tmp_path)
@@ -418,6 +418,7 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
     assert [path.name[:6] for path in (tmp_path / "cache").glob("forms-*")] == ["forms-"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
 def test_a_run_keeps_its_selection(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_run: Callable[[Path, Path], None]

@@ -103,6 +103,7 @@ def test_samples_that_leave_tails_are_refused(samples: int, batch: int, says: st
         growth.settings(samples, batch)
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_picture(cli: Cli, model: str, tmp_path: Path) -> None:
     options = ("--model", model, "--samples", SAMPLES, "--batch-size", BATCH, "--clients", 2, "--rank", 1, "--rank", 2)
     files = ("--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png")

@@ -56,7 +56,7 @@ def test_expected_is_the_operator(bias: bool) -> None:
         torch.testing.assert_close(right[name], value.float())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_rows_are_checked_and_measured(device: torch.device, dtype: str) -> None:
     result = bench(device, dtype, ("qkv", "proj"))
     expected = {"frozen", "torch"}
@@ -172,6 +172,7 @@ def test_measure_gives_what_the_clock_says() -> None:
     assert 5 < len(calls) < 60
 
 
+@pytest.mark.slow
 def test_command_line(
     cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_every_variant_is_checked_and_measured(setting: round.Setting) -> None:
     assert set(rows["fastdlp flora, text", "bf16"]["times"]) == {"full", "full fp32"}
 
 
+@pytest.mark.slow
 def test_what_is_measured_by_default_passes_with_room() -> None:
     """At a learning rate of 1e-4 what rounding grew to had the variant refused, with these prompts and 32 images."""
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)

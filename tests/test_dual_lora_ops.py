@@ -55,7 +55,7 @@ def check(arguments: dict[str, Any], dy: Tensor, precision: str, **options: Any)
 @kernel_cases(
     GROUPS,
     ranks=[(1, 1), (3, 6), (2, 16), (1, 17)],  # parts, R
-    shape=[(64, 96), (100, 50), (33, 40), (130, 16), (1, 1)],  # K, N of a part
+    shape=[(64, 96), (100, 50), (33, 40), (130, 16), (1, 3)],  # K, N of a part
     activation=list(PHI),
     bias=[True, False],
     norm=[False, True],

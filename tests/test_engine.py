@@ -172,12 +172,12 @@ def test_padding_decides_nothing(clip: Clip, encoder: str, variant: str) -> None
         assert_same(rows(padded)[slot.client], rows(own)[slot.client], lr=1e-3 * (1 + slot.client))
 
 
-@pytest.mark.parametrize("resident", [1 << 40, 0], ids=["resident", "sequential"])
 @pytest.mark.parametrize(
-    ("encoder", "method", "variant"),
-    [("image", "feddlp", v) for v in VARIANTS]
-    + [("text", "feddlp", v) for v in VARIANTS]
-    + [("image", m, "paper") for m in ("flora", "feddat", "combined", "local-sora")],
+    ("encoder", "method", "variant", "resident"),
+    [("image", "feddlp", v, 1 << 40) for v in VARIANTS]
+    + [("text", "feddlp", v, 1 << 40) for v in VARIANTS]
+    + [("image", m, "paper", 1 << 40) for m in ("flora", "feddat", "combined", "local-sora")]
+    + [("image", "feddlp", "reference", 0), ("image", "feddlp", "pre-update", 0), ("image", "feddat", "paper", 0)],
 )
 def test_a_recorded_step_takes_nothing_from_the_host(
     clip: Clip, encoder: str, method: str, variant: str, resident: int

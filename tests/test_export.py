@@ -9,6 +9,7 @@ import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fastdlp.export.open_clip_format import FILE_PREPROCESSING, name_for_a_file
 from fastdlp.export.peft_format import hub_model, write_peft
 from fastdlp.kernels.groups import RowGroups
 from tests.models import tiny_clip
+from tests.sharing import once
 
 PROMPTS = [f"a photo of the number {i}." for i in range(10)]
 CLIENT = 1
@@ -43,9 +45,12 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # pixels, token ids → class logi
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
+def runs(shared: Path, few: Path) -> Path:
     """Finished runs by name, on digits; in client 1 of feddlp's every third gate is at zero."""
-    place = tmp_path_factory.mktemp("export")
+    return once(shared / "export", partial(_train, few=few))
+
+
+def _train(place: Path, few: Path) -> None:
     tiny = tiny_clip(place / "model")
     common: dict[str, Any] = {"partition": str(few), "rounds": 2, "batch_size": 4, "lr": 3e-3}
     for name, options in {
@@ -70,7 +75,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Path:
             for gate in gates[::2]:
                 gate[::3] = 0.0
             save_tensors(path, tensors, metadata)
-    return place
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_linears_without_adapter_are_filled_with_zeros() -> None:
 # -- scoring a run ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["image", "text"])
+@pytest.fixture(scope="module", params=["image", pytest.param("text", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three clients with adapters far apart."""
     path = tmp_path_factory.mktemp("import") / "run"

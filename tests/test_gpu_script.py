@@ -200,6 +200,7 @@ def test_a_table_comes_and_goes(script: Script, tmp_path: Path) -> None:
     assert "is no tile table" in output
 
 
+@pytest.mark.slow
 def test_without_open_clip_nothing_fails_to_be_collected(script: Script, tmp_path: Path) -> None:
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCK)

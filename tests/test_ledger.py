@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import fastdlp
 from fastdlp.report.paper.ledger import read_ledger
 
 
+@pytest.mark.slow
 def test_six_rounds_on_vit_b_32(tmp_path: Path) -> None:
     """The paper's Table VI has FEDDLP at 15.30 MB on Flowers, β 0.1."""
     rng = np.random.default_rng(0)

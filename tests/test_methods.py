@@ -20,6 +20,7 @@ from fastdlp.run import build_task
 from fastdlp.run.setup import prepare
 from fastdlp.run.train import Callbacks
 from tests.conftest import CLI
+from tests.sharing import once
 
 ALLOWED = [(name, encoder) for name, method in METHODS.items() for encoder in method.encoders]
 REFUSED = [
@@ -51,20 +52,20 @@ def _config(few: Path, out: Path, method: str, encoder: str = "image", **options
 
 
 @pytest.fixture(scope="module")
-def runs(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def runs(few: Path, shared: Path) -> Callable[[str, str], Path]:
     """The run of a method with an encoder, two rounds; beside it, in `half`, as it lay on the disk after the first."""
-    root = tmp_path_factory.mktemp("methods")
+    root = shared / "methods"
+    root.mkdir(exist_ok=True)
 
     def run(method: str, encoder: str) -> Path:
-        path = root / f"{method}-{encoder}"
-        if not path.exists():
-
+        def train(path: Path) -> None:
             def finished(line: dict[str, Any]) -> None:
                 if line["round"] == 1:
                     shutil.copytree(path, root / f"{path.name}-half")
 
             fastdlp.train(_config(few, path, method, encoder), callbacks=Callbacks(finished_round=finished))
-        return path
+
+        return once(root / f"{method}-{encoder}", train)
 
     return run
 

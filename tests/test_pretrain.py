@@ -92,6 +92,7 @@ def test_contrastive_loss_takes_images_of_one_class_as_positives() -> None:
     torch.testing.assert_close(pretrain.contrastive_loss(right, labels, 0.0), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 def test_a_short_run_learns_and_writes_files_that_load(
     tmp_path: Path, atlas: torch.Tensor, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import fastdlp
 from fastdlp.run.setup import Federation
 from fastdlp.run.train import Callbacks
+from tests.sharing import once
 
 CLIENTS, ROUNDS = 4, 2
 OPTIONS = f"--clients {CLIENTS} --beta 0.5 --rounds {ROUNDS} --batch-size 64 --xi 1e-3".split()
@@ -40,13 +41,15 @@ def _main(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(shared: Path) -> Path:
     """Four clients over all of digits, two rounds, traced."""
-    path = tmp_path_factory.mktemp("record") / "run"
-    code, out, err = _main("train", *OPTIONS, "--trace", "--out", path, "--json")
-    assert (code, err) == (0, "")
-    assert json.loads(out) == json.loads((path / "summary.json").read_text())  # JSON, and nothing else
-    return path
+
+    def train(path: Path) -> None:
+        code, out, err = _main("train", *OPTIONS, "--trace", "--out", path, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out) == json.loads((path / "summary.json").read_text())  # JSON, and nothing else
+
+    return once(shared / "record", train)
 
 
 @pytest.fixture(scope="session")

@@ -287,7 +287,8 @@ def test_names_are_text(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("clients", "classes", "rounds", "runs"),
-    [(1, 1, 1, 1), (3, 4, 2, 1), (30, 102, 40, 4), (60, 5, 3, 2), (5, 30, 3, 9)],
+    [(1, 1, 1, 1), (3, 4, 2, 1), (60, 5, 3, 2)]
+    + [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((30, 102, 40, 4), (5, 30, 3, 9))],
 )
 def test_pictures_of_every_shape(tmp_path: Path, clients: int, classes: int, rounds: int, runs: int) -> None:
     n = tuple(3 + client % 4 for client in range(clients))

@@ -28,7 +28,7 @@ from fastdlp.run.sweep import METRICS, Grid, resume_sweep, summarise_sweep, swee
 from fastdlp.run.train import Callbacks, Stopped
 from tests.conftest import CLI
 
-ROUNDS = 3
+ROUNDS = 2
 Same = Callable[[Path, Path], None]
 # Members and runs alone cut into steps of one client each: every product then has one shape in both.
 ONE_BY_ONE = {"micro_batch": 1}
