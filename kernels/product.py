@@ -154,8 +154,8 @@ def product_kernel(
                 w_ptrs += BLOCK_K * stride_wk
 
         # The low-rank term, BLOCK_R of the rank at a time, for every group that the tile's rows belong to: one dot in
-        # most tiles. Before the K loop it would make ptxas serialize every WGMMA of that loop (C7515). Offsets and masks
-        # are computed here, because their registers would be live across that loop.
+        # most tiles. Before the K loop it would make ptxas serialize every WGMMA of that loop (C7515). Offsets and
+        # masks are computed here, because their registers would be live across that loop.
         m, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
         in_m, in_n = m < M - tile_m * BLOCK_M, n < N - tile_n * BLOCK_N
         group_ptrs = row_group_ptr + row0
