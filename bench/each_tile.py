@@ -64,12 +64,11 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     from fastdlp.kernels import norm as norms
     from fastdlp.kernels import product as products
     from fastdlp.kernels.dual_lora_ops import fold_adapters
-    from fastdlp.kernels.gradients import Input, adapter_gradients
-    from fastdlp.kernels.library_product import library_backward
+    from fastdlp.kernels.gradients import LinearInput, adapter_gradients
 
     o = make_operands(case, dtype, device)
     folded = fold_adapters(o.A, o.B, o.c, dtype)
-    site = folded.site(0, case.parts)
+    site = folded.site((0, case.parts))
     low = torch.bmm(_by_slot(o, o.x), site.down.mT).flatten(0, 1)
     Q = low.flip(0)  # of the shape and magnitude of dY B'
     columns, width = case.parts * case.out, case.width
@@ -80,7 +79,7 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
     dh, stats = o.x.flip(0), _stats(o.x)
 
     def product(tile: Tile) -> list[Tensor]:
-        y, kept = products.forward_product(o.x, linear, low, site, o.groups, residual, keep=True, tile=tile)
+        y, kept = products.forward_product(o.x, linear, low, site, o.groups, residual, save=True, tile=tile)
         return [y] if kept is None else [y, kept]
 
     def product_backward(tile: Tile) -> list[Tensor]:
@@ -90,21 +89,21 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
         """dX before an activation, and dA; the partial sums of T are 0."""
         rows = len(o.x) if tile.form == "torch" else tile["BLOCK_M"]
         own = fold_adapters(o.A, o.B, o.c, dtype)
-        T, sums = own.shares(own.use(0, 1, o.groups, len(o.x), rows))
+        T, sums = own.partial_sums(own.reserve((0, 1), o.groups, len(o.x), rows))
         T.zero_()
         dx = products.backward_product(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION, sums, tile)
         return [dx, _summed(o, own)[0]]
 
     def activated_by_library() -> list[Tensor]:
-        dx = library_backward(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION)
+        dx = products.library_backward(o.dy, o.weight, Q, site, o.groups, o.x, ACTIVATION)
         h, q = ACTIVATIONS[ACTIVATION](o.x.float()), Q[:, : site.rank].float()
         return [dx, torch.bmm(_by_slot(o, q).mT, _by_slot(o, h))[:, None]]
 
     def gradients(tile: Tile) -> list[Tensor]:
         """Q, dA, dB and dc."""
         own = fold_adapters(o.A, o.B, o.c, dtype)
-        sums = own.shares(own.use(0, case.parts, o.groups, tile["BLOCK_M"]))
-        q = adapter_gradients(o.dy, low, own.site(0, case.parts), o.groups, *sums, Input(o.x), tile)
+        sums = own.partial_sums(own.reserve((0, case.parts), o.groups, tile["BLOCK_M"]))
+        q = adapter_gradients(o.dy, low, own.site((0, case.parts)), o.groups, *sums, LinearInput(o.x), tile)
         return [q, *_summed(o, own)]
 
     def normed() -> list[Tensor]:
@@ -124,10 +123,8 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
         "product_backward": Work(width, columns, product_backward, partial(product_backward, library)),
         "product_backward_activated": Work(width, columns, activated, activated_by_library),
         "adapter_gradients": Work(columns, width, gradients, partial(_gradients_by_library, o, low, site)),
-        "down": Work(0, width, lambda tile: [norms.down_product(o.x, site, o.groups, tile)], lambda: [low]),
-        "norm_down": Work(
-            0, width, lambda tile: list(norms.norm_down_product(o.x, norm, site, o.groups, tile)), normed
-        ),
+        "down": Work(0, width, lambda tile: [norms.down_product(o.x, None, site, o.groups, tile)[2]], lambda: [low]),
+        "norm_down": Work(0, width, lambda tile: list(norms.down_product(o.x, norm, site, o.groups, tile)), normed),
         "norm_backward": Work(0, width, norm_backward, norm_backward_by_library),
     }
     return works[kernel]
@@ -135,11 +132,11 @@ def make_work(kernel: str, case: Case, dtype: torch.dtype, device: torch.device)
 
 def _summed(o: Operands, folded: Any) -> list[Tensor]:
     """dA, dB and dc."""
-    from fastdlp.kernels.dual_lora_ops import source_of
-    from fastdlp.kernels.fold import sum_shares
+    from fastdlp.kernels.dual_lora_ops import branch_tensors
+    from fastdlp.kernels.fold import sum_partials
 
     dA, dB, dc = (torch.empty_like(t) for t in (o.A, o.B, o.c))
-    sum_shares(source_of(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
+    sum_partials(branch_tensors(o.A, o.B, o.c), folded, dA, dB, dc.flatten(2))
     return [dA, dB, dc]
 
 

@@ -43,7 +43,7 @@ COMPILING = 0.4  # of the time, at most
 WINS = 0.97  # of the general tile's time: below it a shape gets a tile of its own
 TUNED_TOWERS = {name: TOWERS[name] for name in ("ViT-B-32", "ViT-L-14")}
 # Kernels whose rows are kept: they are launched once a pass, or once an image and head.
-NO_TILE = ("fold", "sum_shares", "attention", "attention_backward", "normalize", "row_norms", "adamw")
+NO_TILE = ("fold", "sum_partials", "attention", "attention_backward", "normalize", "row_norms", "adamw")
 
 
 @dataclass(frozen=True)
