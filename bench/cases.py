@@ -18,10 +18,10 @@ from fastdlp.adapters.bank import AdapterBank, View
 from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
 from fastdlp.adapters.optimizer import Hyperparameters, update
 from fastdlp.clip.tower import Block, Tower
-from fastdlp.kernels.adamw import THRESHOLDS
 from fastdlp.kernels.frozen import FrozenLinear, Norm
 from fastdlp.kernels.groups import RowGroups
 from fastdlp.kernels.launch import Launch, recording
+from fastdlp.kernels.pruning import THRESHOLDS
 
 
 @dataclass(frozen=True)

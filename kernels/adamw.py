@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdlp.kernels.pruning import THRESHOLDS
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -70,21 +72,6 @@ def clip_rows(grads: Tensor, max_norm: float, in_place: bool = False) -> Tensor:
     norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     return grads.mul_(scale) if in_place else grads * scale
-
-
-def soft_threshold(v: Tensor, xi: Tensor) -> Tensor:
-    """T_ξ(v) = sign(v) · max(|v| − ξ, 0) (SoRA; section IV of the FEDDLP paper)."""
-    return v.sign() * (v.abs() - xi).clamp(min=0)
-
-
-def reference_threshold(v: Tensor, xi: Tensor) -> Tensor:
-    """As in the authors' code: shrink by ξ, then zero all below ξ. Its dead zone is 2ξ wide."""
-    v = torch.where(v > xi, v - xi, v)
-    v = torch.where(v < -xi, v + xi, v)
-    return torch.where(v.abs() < xi, torch.zeros_like(v), v)
-
-
-THRESHOLDS = {"soft": soft_threshold, "reference": reference_threshold}
 
 
 def _adamw(stack: Stack, grads: Tensor, slots: Tensor, steps: Tensor, settings: Settings) -> Tensor:

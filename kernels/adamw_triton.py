@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdlp.kernels.adamw import THRESHOLDS, Settings, Stack
+from fastdlp.kernels.adamw import Settings, Stack
 from fastdlp.kernels.launch import launch
+from fastdlp.kernels.pruning import THRESHOLDS
 from fastdlp.kernels.tiles import tile_for
 
 FACTORS = 3  # per row: step sizes of weights and gates with bias correction, and √(1 − β₂ᵗ)

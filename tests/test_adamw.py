@@ -16,11 +16,10 @@ from fastdlp.kernels.adamw import (
     Stack,
     adamw_reference,
     clip_rows,
-    reference_threshold,
-    soft_threshold,
 )
 from fastdlp.kernels.adamw_triton import adamw_fused
 from fastdlp.kernels.launch import recording
+from fastdlp.kernels.pruning import reference_threshold, soft_threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS = {"reference": adamw_reference, "fused": adamw_fused}

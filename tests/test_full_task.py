@@ -278,7 +278,7 @@ ROWS, D, Q = 3, 101, 7
 
 def _stepped(whole: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> BranchState:
     """A branch after four updates of some of its rows, cut into columns where `whole` entries are too few."""
-    monkeypatch.setattr(optimizer, "WHOLE", whole)
+    monkeypatch.setattr(optimizer, "MAX_ENTRIES", whole)
     g = torch.Generator().manual_seed(0)
 
     def rows(width: int) -> Tensor:
@@ -320,6 +320,6 @@ def test_a_whole_run_by_columns(
 ) -> None:
     options = {"clip_norm": 0.5, "method": "fedfft"}
     fastdlp.train(_config(few, tmp_path / "whole", **options))
-    monkeypatch.setattr(optimizer, "WHOLE", 100_000)
+    monkeypatch.setattr(optimizer, "MAX_ENTRIES", 100_000)
     fastdlp.train(_config(few, tmp_path / "columns", **options))
     same_run(tmp_path / "whole", tmp_path / "columns")

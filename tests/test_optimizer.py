@@ -10,7 +10,8 @@ import torch
 from fastdlp.adapters import optimizer as module
 from fastdlp.adapters.bank import BranchState
 from fastdlp.adapters.optimizer import Hyperparameters, update
-from fastdlp.kernels.adamw import adamw_reference, reference_threshold, soft_threshold
+from fastdlp.kernels.adamw import adamw_reference
+from fastdlp.kernels.pruning import reference_threshold, soft_threshold
 from tests.pairs import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +109,7 @@ def test_many_slots_step_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "adamw_reference", counting)
     grads = torch.ones(SLOTS, D, device=DEVICE), torch.ones(SLOTS, Q, device=DEVICE)
     for whole, expected in ((D, [D]), (D - 1, [D - 1, 1])):
-        monkeypatch.setattr(module, "WHOLE", whole)
+        monkeypatch.setattr(module, "MAX_ENTRIES", whole)
         update(state(), torch.arange(SLOTS, device=DEVICE), grads, hyper())
         assert calls == expected
         calls.clear()
