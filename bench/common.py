@@ -21,7 +21,6 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch.utils.benchmark import Timer
 
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels.frozen import frozen_linear
@@ -96,6 +95,8 @@ def measure(call: Callable[[], Any], device: torch.device, milliseconds: float, 
             than they run. A call that cannot be recorded is timed as it is.
     """
     if device.type != "cuda":
+        from torch.utils.benchmark import Timer  # logs a line where a CUDA toolkit is installed without a GPU
+
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         call()
         return Times(*quantiles(timer.blocked_autorange(min_run_time=milliseconds / 1e3).times))

@@ -42,7 +42,7 @@ in under a minute on two cores. The paper's setting, with OpenAI's weights:
   fastdlp train --dataset pets --model ViT-B-32-quickgelu --pretrained openai --download --data-dir data
 
 A run leaves a folder with its config, the partition, a line of metrics a round, every client's adapters and a summary.
-Ctrl-C stops it after the running round; --resume goes on to the same bits."""
+Ctrl-C stops it after the running round; --resume continues it, bit-identically."""
 
 
 @app.callback()

@@ -91,7 +91,9 @@ def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
             raise FastdlpError(f"{path} is or holds the working directory: name another --out")
         if (path / marker).is_file():
             if not overwrite:
-                raise FastdlpError(f"{path} holds a {kind}: go on with --resume {path}, or replace it with --overwrite")
+                raise FastdlpError(
+                    f"{path} holds a {kind}: continue with --resume {path}, or replace it with --overwrite"
+                )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FastdlpError(f"{path} exists and is not a {kind} folder: name another --out")
     except OSError as error:

@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -285,7 +284,7 @@ OTHERS = {
     "evaluate": ["run", "--help"],
     "evaluate missing": ["missing does not exist"],
     "evaluate empty": ["empty is not a run folder"],
-    "train --resume missing": ["missing does not exist", "name the folder"],
+    "train --resume missing": ["missing does not exist", "name a folder"],
     "train --resume empty": ["empty is not a run folder"],
     "train --resume missing --overwrite": ["--resume", "--overwrite", "exclude"],
     "train --resume missing --out run": ["--resume", "--out"],
@@ -299,7 +298,7 @@ OTHERS = {
     "bench round --only adapters": ["--only", "'adapters'", "peft, autocast, strongest"],
     "bench round --encoder text --only peft": ["--only", "'peft'", "uncached, fastdlp"],
     "bench round --encoder both": ["--encoder", "'both'", "image, text"],
-    "bench round --only autocast --precision fp32": ["no form is left"],
+    "bench round --only autocast --precision fp32": ["no variant is left"],
     "bench round --repeats 1": ["--repeats"],
 }
 
@@ -519,7 +518,7 @@ def test_read_only_at_the_start(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "mkdtemp", refuse)
+        patch.setattr(os, "mkdir", refuse)
         assert_refused(f"train --partition {few} --out run", "Read-only file system", "--out")
 
 

@@ -314,7 +314,7 @@ def test_a_folder_that_is_taken(four: Path, runs: tuple[Path, Path]) -> None:
     assert process.returncode != 0
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("fastdlp:")]
-    assert line == f"fastdlp: {run} holds a run: go on with --resume {run}, or replace it with --overwrite"
+    assert line == f"fastdlp: {run} holds a run: continue with --resume {run}, or replace it with --overwrite"
     assert "cli/main.py" not in err  # no traceback but torchrun's own
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

@@ -224,7 +224,7 @@ def test_a_file_written_by_hand_needs_only_the_clients(tmp_path: Path) -> None:
         ({"clients": {"0": {"train": ["s/1"], "test": ["s/1"]}}}, "'s/1' more than once"),
         (
             {"clients": {"0": {"train": ["s/1", "x", "y"], "test": ["z"]}}},
-            "the data set toy does not have: 'x' and 2 more; it was made for 'pets'",
+            "the data set toy does not have: 'x' and 2 more; its data set is 'pets'",
         ),
         ({"seed": "one"}, "field 'seed' is 'one'"),
         ({"beta": True}, "field 'beta' is True"),

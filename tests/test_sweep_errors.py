@@ -109,7 +109,7 @@ def test_a_place_that_holds_a_run(refused: Refused, stopped: Path, tmp_path: Pat
 
 def test_a_place_that_holds_a_sweep(refused: Refused, stopped: Path) -> None:
     before = _files(stopped)
-    assert f"holds a sweep: go on with --resume {stopped}, or replace it" in refused("--out", stopped)
+    assert f"holds a sweep: continue with --resume {stopped}, or replace it" in refused("--out", stopped)
     assert _files(stopped) == before
 
 

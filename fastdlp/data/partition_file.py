@@ -145,7 +145,7 @@ def _check_ids(path: Any, names: list[str], ids: Sequence[str], document: dict[s
     known = set(ids)
     if missing := [name for name in names if name not in known]:
         original = document.get("dataset")
-        note = f"; it was made for {original!r}" if original and original != dataset else ""
+        note = f"; its data set is {original!r}" if original and original != dataset else ""
         raise FastdlpError(
             f"the partition {path} names samples that the data set {dataset or 'given'} does not have: "
             f"{first(missing)}{note}"

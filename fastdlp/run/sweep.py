@@ -96,7 +96,7 @@ def sweep(
         FastdlpError: bad input, a disk that refuses, or every member diverged.
         Stopped: `callbacks.should_stop` returned True.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     callbacks = callbacks or Callbacks()
     members = grid.configs(config)
     check_name(config.dataset)
@@ -109,7 +109,7 @@ def sweep(
     folder = SweepFolder.create(path, list(members), overwrite)
     for name, f in zip(members, federations):
         RunFolder.create(path / name, f.config, f.partition, f.pixels.ids, overwrite)
-    return _run(folder, federations, 0, callbacks, begun)
+    return _run(folder, federations, 0, callbacks, start_time)
 
 
 def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, An
         FastdlpError: not a sweep's folder, or a damaged one.
         Stopped: `callbacks.should_stop` returned True.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     callbacks = callbacks or Callbacks()
     folder = SweepFolder(path)
     if (summary := folder.summary()) is not None:
@@ -135,11 +135,11 @@ def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, An
     if (path / CHECKPOINT).exists():
         engine = federations[0].engine
         finished = load_checkpoint(path / CHECKPOINT, engine, range(engine.bank.slots), _identity(federations))
-    return _run(folder, federations, finished, callbacks, begun)
+    return _run(folder, federations, finished, callbacks, start_time)
 
 
 def _run(
-    folder: SweepFolder, federations: Sequence[Federation], finished: int, callbacks: Callbacks, begun: float
+    folder: SweepFolder, federations: Sequence[Federation], finished: int, callbacks: Callbacks, start_time: float
 ) -> dict[str, Any]:
     """Run all members from round finished + 1 to the last; then write their summaries and the sweep's."""
     path, first = folder.path, federations[0]
@@ -165,14 +165,14 @@ def _run(
         recorders = [Recorder(run, members[name], finished) for name, run in runs.items()]
         callbacks_ = replace(callbacks, started=lambda run, *facts: callbacks.started(path, *facts))
         try:
-            ended = run_rounds(recorders, finished, callbacks_, begun, checkpoint, on_failure)
+            ended = run_rounds(recorders, finished, callbacks_, start_time, checkpoint, on_failure)
         except Stopped as stopped:
             raise Stopped(path, stopped.finished, stopped.rounds, "sweep") from None
         summaries = {}
         for recorder in ended:
             recorder.checkpoint(rounds)
             summaries[recorder.run.path.name] = recorder.finish()
-        seconds = {"seconds_total": round(time.perf_counter() - begun, 3)}
+        seconds = {"seconds_total": round(time.perf_counter() - start_time, 3)}
         summary = summarise_sweep(members, summaries, folder.failed) | seconds
         write_atomic(path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         (path / CHECKPOINT).unlink(missing_ok=True)

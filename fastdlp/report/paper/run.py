@@ -79,7 +79,7 @@ def _finished(config: TrainConfig) -> bool:
         RunFolder.check_free(path, overwrite=True)
     except FastdlpError as error:
         raise FastdlpError(str(error).replace("--out", "--runs")) from None
-    if not _begun(path):
+    if not _has_started(path):
         return False
     folder = RunFolder(path)
     found = folder.config()
@@ -96,9 +96,9 @@ def _run_here(configs: Sequence[TrainConfig], callbacks: PlanCallbacks) -> None:
     """In this process: runs to resume one by one, new ones in batches that differ in their seed and share one bank."""
     from fastdlp.run.train import Callbacks, Stopped, batched_by_seed, resume, train_together
 
-    begun = [config for config in configs if _begun(_folder(config))]
-    new = batched_by_seed([config for config in configs if config not in begun])
-    for batch in [[config] for config in begun] + new:
+    started = [config for config in configs if _has_started(_folder(config))]
+    new = batched_by_seed([config for config in configs if config not in started])
+    for batch in [[config] for config in started] + new:
         path = _folder(batch[0])
         name = path.name if len(batch) == 1 else f"{path.name} and {len(batch) - 1} other seeds"
         if callbacks.should_stop():
@@ -110,7 +110,7 @@ def _run_here(configs: Sequence[TrainConfig], callbacks: PlanCallbacks) -> None:
             should_stop=callbacks.should_stop,
         )
         try:
-            if batch[0] in begun:
+            if batch[0] in started:
                 resume(path, given=_data(batch[0]), callbacks=train_callbacks)
             else:
                 train_together(batch, callbacks=train_callbacks)
@@ -181,7 +181,7 @@ def _start(config: TrainConfig, threads: int, device: int) -> _Job:
     """Start `fastdlp train` in a process group of its own, so that this process alone handles Ctrl-C."""
     path = _folder(config)
     options = _options(config)
-    if _begun(path):
+    if _has_started(path):
         options = ["--resume", str(path), *_options(TrainConfig(**_data(config)))]
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
     process = subprocess.Popen(
@@ -217,5 +217,5 @@ def _folder(config: TrainConfig) -> Path:
     return Path(config.out)
 
 
-def _begun(path: Path) -> bool:
+def _has_started(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
