@@ -48,7 +48,7 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
     by_class = cells.sum(axis=2)  # [clients, classes]
     totals = by_class.sum(axis=0)
     every_class = len(class_names) <= _MOST_COLUMNS
-    table.add_column("client", "all", justify="right", min_width=6)
+    table.add_column("client", "all", justify="right", no_wrap=True)
     if every_class:
         for name, total in zip(class_names, totals):
             table.add_column(escape(name), _count(total), justify="right")
@@ -58,7 +58,7 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
     sides = {"train": partition.train, "val": partition.val, "test": partition.test}
     sizes = np.array([[len(samples) for samples in side] for side in sides.values() if side]).T  # [clients, sides]
     for name, total in zip([name for name in sides if sides[name]], sizes.sum(axis=0)):
-        table.add_column(name, str(total), justify="right", min_width=len(name))
+        table.add_column(name, str(total), justify="right", no_wrap=True)
 
     for client, (row, size) in enumerate(zip(by_class, sizes)):
         if every_class:
