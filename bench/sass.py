@@ -10,7 +10,7 @@ import re
 from itertools import pairwise
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);")
-PREDICATE = re.compile(r"\bU?P\d")  # a guard, or an operand of the branch: `BRA !UP0, 0x10`
+PREDICATE = re.compile(r"^@|\bU?P\d")  # a guard, or an operand of the branch: `BRA !UP0, 0x10`
 ENDS = re.compile(r"(?:@\S+ +)?(?:EXIT|RET|BRX|JMP|KILL|BRA)\b(?!\.DIV)")  # BRA.DIV: the slow path of a diverged warp
 TENSOR = re.compile(r"\bHG?MMA\b")
 COPIES = re.compile(r"\b(?:LDGSTS|UTMALDG)\b")
@@ -34,7 +34,10 @@ def main_loop(sass: str) -> list[str]:
         found = [loop for loop in loops if count(wanted, loop)]
         innermost = [loop for loop in found if not any(other < loop for other in found)]
         if innermost:
-            main = max(innermost, key=lambda loop: (count(COPIES, loop) > 0, *(count(p, loop) for p in (TENSOR, LOADS))))
+            order = (TENSOR, COPIES, LOADS)
+            main = max(
+                innermost, key=lambda loop: (count(COPIES, loop) > 0, *(count(pattern, loop) for pattern in order))
+            )
             retries = set[int]().union(*(loop for loop in loops if loop < main))
             return [code[address] for address in sorted(main - retries)]
     return [code[address] for address in reached]

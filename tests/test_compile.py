@@ -331,7 +331,6 @@ PLAIN_LOOP = """
 """
 
 
-
 def counted(sass: str) -> dict[str, int]:
     """What `compile_job` counts in the main loop, without zeros, and the number of its instructions."""
     loop = main_loop(sass)
