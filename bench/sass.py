@@ -1,7 +1,7 @@
 """The main loop of a kernel in SASS as `cuobjdump -sass` prints it.
 
-Loops are the natural loops of the control flow graph. A backward branch alone is none: ptxas moves the retry of a failed
-wait (SYNCS) after the kernel's end and branches back into the middle of the loop from there.
+Loops are the natural loops of the control flow graph. A backward branch alone is none: ptxas moves the retry of a
+failed wait (SYNCS) after the kernel's end and branches back into the middle of the loop from there.
 """
 
 from __future__ import annotations
