@@ -125,8 +125,8 @@ def bench_growth(
             point.seconds.append(training + point.averaging[-1])
     reference = float(np.median(points[(samples // FEW,) * FEW].seconds))
     return {
-        "what": f"rounds of FEDDLP, {model}, image encoder, {precision}, {samples:,} samples in batches of {batch_size}, "
-        "random weights",
+        "what": f"rounds of FEDDLP, {model}, image encoder, {precision}, {samples:,} samples in batches of "
+        f"{batch_size}, random weights",
         "micro_batch": built.micro_batch,
         "repeats": repeats,
         "backend": backend,
@@ -211,7 +211,7 @@ def growth_figure(result: dict[str, Any]) -> bytes:
     equal = [row for row in result["rows"] if not row["uneven"]]
     level = next(row["ms_a_sample"] for row in equal if row["clients"] == FEW)
     with look():
-        figure, [panel] = panels(1, 1, 3.2)
+        figure, [panel] = panels(1, 1, 4.2)
         where = f"{result['device']}, torch {result['versions']['torch']}, {result['threads']} threads"
         whiskers = f"whiskers: fastest and slowest of {result['repeats']} rounds"
         panel.set_title(f"{result['what']}\n{where}; {whiskers}", fontsize=7.5, color=FAINT)
