@@ -171,7 +171,7 @@ def peft(o: Operands) -> Run:
             layers.append(layer)
             upstream.append(dy.contiguous())
             sites.append((slot, part, columns))
-    leaves = [*xs, *(layer.lora_A["default"].weight for layer in layers)]
+    leaves: list[Any] = [*xs, *(layer.lora_A["default"].weight for layer in layers)]
     leaves += [layer.lora_B["default"].weight for layer in layers]
 
     def adapters(like: Tensor, gradients: Sequence[Tensor], axis: int) -> Tensor:
