@@ -5,8 +5,8 @@ integer 1 are constants, and addresses and integers divisible by 16 are marked s
 compiled once. The result has a row for each kernel, architecture and dtype, with the worst value of all its tiles.
 
 A kernel fails when it has a stack or spills, asks for more shared memory than a block may have, multiplies large tiles
-of 16 bits without the tensor instruction of its architecture or without asynchronous loads, waits for each HGMMA, or
-when ptxas warns that it serializes wgmma (C75xx).
+of 16 bits without the tensor instruction of its architecture or without asynchronous loads in its main loop, waits
+there for each HGMMA, or when ptxas warns that it serializes wgmma (C75xx).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from fastdlp.bench import common
 from fastdlp.bench.cases import launches_of
 from fastdlp.bench.common import Progress
+from fastdlp.bench.sass import main_loop
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.backend import interpreted
@@ -49,16 +50,17 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# Instructions that are counted in a kernel's SASS; waits are for wgmma.
+# Instructions that are counted in a kernel's main loop; waits are for wgmma, drains those that leave none in flight.
 COUNTED = {
     "hgmma": r"\bHGMMA\b",
     "hmma": r"\bHMMA\b",
     "waits": r"\bWARPGROUP\.DEPBAR\b",
+    "drains": r"\bWARPGROUP\.DEPBAR\b.* 0x0$",
     "barriers": r"\bBAR\.(?:SYNC|RED)\b",
     "loads": r"\bLDG\b",
     "async_loads": r"\b(?:LDGSTS|UTMALDG)\b",
 }
-TENSOR = ("hgmma", "hmma", "waits")  # of one kernel, so that they are taken together
+TENSOR = ("hgmma", "hmma", "waits", "drains")  # of one kernel, so that they are taken together
 WORST = ("registers", "stack", "spill_stores", "spill_loads", "shared", "barriers", "loads", "async_loads")
 KEY = ("kernel", "arch", "dtype")
 ALIGNED = 16  # divisor of addresses (bytes) and integers for which Triton's JIT specializes
@@ -178,13 +180,17 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
         # The partial sums of dA in a product have 16 rows, too few for wgmma: mma.sync may occur beside it.
         code = found["mma"].split(", ")
         right = any(name.startswith(expected) for name in code) and all(name.endswith(f".{operand}") for name in code)
+        in_loop = found["hgmma" if expected == "wgmma" else "hmma"]
         large = job.constexprs["BLOCK_M"] >= 64
-        if large and not right:
+        if large and not (right and in_loop):
             lines.append(f"tensor code {found['mma']}, expected {expected} of {operand}")
         if large and not found["async_loads"] and "K" in {job.signature[position][0] for position in job.aligned}:
             lines.append("no asynchronous loads")
-        if found["hgmma"] and found["waits"] >= found["hgmma"]:
-            lines.append(f"{found['waits']} waits for {found['hgmma']} HGMMA: they run one after another")
+        hgmma, waits = found["hgmma"], found["waits"]
+        # A loop with one HGMMA needs one wait an iteration. That wait is for the iteration before, and the tensor cores
+        # stay busy, as long as it leaves the newest HGMMA in flight.
+        if hgmma and (found["drains"] if hgmma == waits == 1 else waits >= hgmma):
+            lines.append(f"{waits} waits for {hgmma} HGMMA in the main loop: they run one after another")
     return lines
 
 
@@ -248,7 +254,7 @@ def compile_job(job: Job) -> dict[str, Any]:
 
     Returns:
         registers, bytes of stack a thread and bytes of spills; shared bytes a block; the tensor instructions of its
-        PTX, "-" where there are none; counts of COUNTED; ptxas' warnings of performance.
+        PTX, "-" where there are none; counts of COUNTED in the main loop; ptxas' warnings of performance.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -261,11 +267,12 @@ def compile_job(job: Job) -> dict[str, Any]:
         built, log, sass = _build(source, GPUTarget("cuda", int(job.arch), 32), options)
     except Exception as error:
         raise RuntimeError(f"does not compile: {job.kernel} {job}") from error
+    loop = main_loop(sass)
     return {
         **resources(log),
         "shared": built.metadata.shared,
         "mma": ", ".join(tensor_instructions(built.asm["ptx"])) or "-",
-        **{name: len(re.findall(pattern, sass)) for name, pattern in COUNTED.items()},
+        **{name: sum(bool(re.search(pattern, line)) for line in loop) for name, pattern in COUNTED.items()},
         "warnings": performance_warnings(log),
     }
 
@@ -358,6 +365,6 @@ def print_compile(result: dict[str, Any], console: Console) -> None:
 def _explanation(result: dict[str, Any]) -> str:
     return (
         f"{sum(row['compiled'] for row in result['rows']):,} kernels compiled, none run. Each line has the worst of "
-        "all tiles: registers and bytes of stack a thread, bytes of shared memory a block, HGMMA/waits for them or "
-        "HMMA, barriers, plain + asynchronous loads."
+        "all tiles: registers and bytes of stack a thread, bytes of shared memory a block; in an iteration of the main "
+        "loop HGMMA/waits for them or HMMA, barriers, plain + asynchronous loads."
     )

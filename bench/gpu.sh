@@ -125,7 +125,7 @@ pytest() {
     local processes=(-n "$PROCESSES")
     has xdist || processes=()
     has xdist || say "pytest-xdist is not installed: one process"
-    stage "$1" "$2" "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --maxfail=30 --durations=10 \
+    stage "$1" "$2" "$PYTHON" -m pytest -q -rfE -o addopts= -p no:cacheprovider --maxfail=30 --durations=10 \
         "${processes[@]}" "${@:3}"
 }
 

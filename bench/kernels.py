@@ -1,4 +1,4 @@
-"""The operator on every linear of an image tower, in both backends, beside the frozen product alone and its dX.
+"""The operator on every linear of an image tower, in both backends, beside the frozen product alone and PEFT's LoRA.
 
 Every client has 32 images in two views, as in a FEDDLP step: its local rows see the adapter of rank 4, its global rows
 that of rank 2. Adapters have the magnitude of the frozen product, so that an error in them is found. No backend is
@@ -8,14 +8,14 @@ timed before its outputs and gradients agreed with fp64 on the same operands.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdlp.adapters.branches import Branch, TowerShape, tower_sites
 from fastdlp.bench import common
@@ -116,7 +116,9 @@ def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> Opera
     return Operands(x, dy, weight, bias, A, B, c, RowGroups((case.rows,) * slots, len(BRANCHES)))
 
 
-Run = Callable[[], dict[str, Tensor]]  # forward and backward: y [M, parts·N] and gradients of x [M, K], A, B, c
+# Forward and backward: y [M, parts·N] and gradients of x [M, K], A, B, c; those it has. What is a function assembles
+# one for the check alone, not timed.
+Run = Callable[[], Mapping[str, Tensor | Callable[[], Tensor]]]
 
 
 def variants(o: Operands) -> dict[str, Run]:
@@ -136,7 +138,60 @@ def variants(o: Operands) -> dict[str, Run]:
         return run
 
     triton = {} if triton_refusal(o.x.device, o.x.dtype) else {"triton": ours("triton")}
-    return {"frozen": frozen, "torch": ours("torch"), **triton}
+    return {
+        "frozen": frozen,
+        **({"PEFT": peft(o)} if common.installed("peft") else {}),
+        "torch": ours("torch"),
+        **triton,
+    }
+
+
+def peft(o: Operands) -> Run:
+    """PEFT's LoRA on an nn.Linear for each client and view, one after another; it has no gates, so no gradient of c.
+
+    A packed linear is three, as in Hugging Face's CLIP.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    parts, out = o.B.shape[1:3]
+    xs, layers, upstream, sites = [], [], [], []
+    for slot, view, first, end in o.groups.groups():
+        xs.append(o.x[first:end].detach().requires_grad_())
+        for part, dy in enumerate(o.dy[first:end].split(out, 1)):
+            rows, columns, rank = slice(part * out, (part + 1) * out), COLUMNS[view], BRANCHES[view].rank
+            base = nn.Linear(o.x.shape[1], out, o.bias is not None, device=o.x.device, dtype=o.x.dtype)
+            base.weight.data = o.weight[rows]
+            if o.bias is not None:
+                base.bias.data = o.bias[rows]
+            alpha = round(BRANCHES[view].scale * rank)
+            layer = Linear(base, "default", LoraConfig(r=rank, lora_alpha=alpha), r=rank, lora_alpha=alpha)
+            layer.lora_A["default"].weight.data = o.A[slot, part, columns].clone()
+            layer.lora_B["default"].weight.data = o.B[slot, part, :, columns].clone()
+            layers.append(layer)
+            upstream.append(dy.contiguous())
+            sites.append((slot, part, columns))
+    leaves: list[Any] = [*xs, *(layer.lora_A["default"].weight for layer in layers)]
+    leaves += [layer.lora_B["default"].weight for layer in layers]
+
+    def adapters(like: Tensor, gradients: Sequence[Tensor], axis: int) -> Tensor:
+        found = torch.zeros_like(like)
+        for (slot, part, columns), gradient in zip(sites, gradients, strict=True):
+            found[slot, part].movedim(axis, 0)[columns] = gradient.movedim(axis, 0)
+        return found
+
+    def run() -> dict[str, Callable[[], Tensor]]:
+        y = [layer(xs[i // parts]) for i, layer in enumerate(layers)]
+        gradients = torch.autograd.grad(y, leaves, upstream)
+        ends = len(xs), len(xs) + len(layers)
+        return {
+            "y": lambda: torch.cat([torch.cat(y[i : i + parts], 1) for i in range(0, len(y), parts)]).detach(),
+            "x": lambda: torch.cat(gradients[: ends[0]]),
+            "A": lambda: adapters(o.A, gradients[ends[0] : ends[1]], 0),
+            "B": lambda: adapters(o.B, gradients[ends[1] :], 1),
+        }
+
+    return run
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -171,7 +226,8 @@ def error(run: Run, o: Operands, right: dict[str, Tensor]) -> float:
     """
     freed = [torch.full_like(o.dy, math.nan), torch.full_like(o.x, math.nan)]
     del freed
-    errors = [((out.float() - right[name]).norm() / right[name].norm()).item() for name, out in run().items()]
+    outputs = {name: out() if callable(out) else out for name, out in run().items()}
+    errors = [((out.float() - right[name]).norm() / right[name].norm()).item() for name, out in outputs.items()]
     return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
 
@@ -195,9 +251,10 @@ def bench_kernels(
         "what": f"one linear of the image tower with two adapters a client, {batch} images in two views, {dtype}",
         "peak_tflops": common.peak_flops(DTYPES[dtype], device, milliseconds) / 1e12,
         "rows": [],
-        "notes": [] if reason is None else [f"left out: Triton ({reason})"],
+        "notes": [f"left out: Triton ({reason})"] * (reason is not None)
+        + ["left out: PEFT (pip install '.[bench]')"] * (not common.installed("peft")),
         "failed": [],
-        **common.facts(device, "triton"),
+        **common.facts(device, "triton", "peft"),
     }
     for name, tower in towers.items():
         for number in clients:

@@ -106,7 +106,6 @@ def growth(
     clients: Annotated[
         list[int] | None, _many("--clients", "Numbers of clients; 10 is always added.", "1, 10, 100, 1000", min=1)
     ] = None,
-    rank: Annotated[list[int] | None, _many("--rank", "Of the global adapter.", "2, 4, 8, 16", min=1)] = None,
     precision: Precision = None,
     repeats: Annotated[int, _option("--repeats", "Timed rounds of each point.", min=1)] = 3,
     device: Device = "auto",
@@ -115,8 +114,8 @@ def growth(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """How the time of a FEDDLP round grows with clients, samples, ranks and uneven clients."""
-    from fastdlp.bench.growth import CLIENTS, RANKS, bench_growth, growth_figure, print_growth
+    """How the time of a FEDDLP round grows with clients and uneven clients."""
+    from fastdlp.bench.growth import CLIENTS, bench_growth, growth_figure, print_growth
 
     on, gpu = _on(device)
     dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
@@ -130,7 +129,6 @@ def growth(
             on,
             progress,
             clients or CLIENTS,
-            rank or RANKS,
             backend,
         ),
         print_growth,

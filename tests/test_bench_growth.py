@@ -26,36 +26,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _measure(model: str) -> dict[str, Any]:
-    clients, ranks = (1, 20), (1, 2)
+    clients = (1, 20)
     return growth.bench_growth(
-        model, SAMPLES, BATCH, "fp32", 2, torch.device("cpu"), lambda text: None, clients, ranks, "torch"
+        model, SAMPLES, BATCH, "fp32", 2, torch.device("cpu"), lambda text: None, clients, "torch"
     )
 
 
-def _along(result: dict[str, Any], axis: str, *names: str) -> list[tuple[Any, ...]]:
-    return [tuple(row[name] for name in names) for row in result["rows"] if row["axis"] == axis]
+def _of(result: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for name in names) for row in result["rows"]]
 
 
-def test_every_axis_has_its_points(model: str) -> None:
+def test_every_point_and_its_steps(model: str) -> None:
+    """Steps follow the largest client and rows the sizes."""
     result = _measure(model)
-    few = SAMPLES // 4
-    assert _along(result, "clients", "clients", "samples", "smallest_client") == [
-        (1, 160, 160),
-        (10, 160, 16),
-        (20, 160, 8),
+    assert _of(result, "clients", "uneven", "samples", "largest_client") == [
+        (1, False, 160, 160),
+        (10, False, 160, 16),
+        (20, False, 160, 8),
+        (10, True, 160, 112),
     ]
-    assert _along(result, "samples", "clients", "samples") == [(10, few), (10, 2 * few), (10, 4 * few)]
-    assert _along(result, "ranks", "rank_global", "rank_local", "samples") == [(1, 2, few), (2, 4, few)]
-    assert _along(result, "ragged", "clients", "samples", "largest_client") == [(10, few, 4), (10, few, 28)]
-
-
-def test_steps_follow_the_largest_client_and_rows_the_sizes(model: str) -> None:
-    result = _measure(model)
-    assert _along(result, "clients", "steps", "samples_a_step") == [(40, 4.0), (4, 40.0), (2, 80.0)]
-    assert _along(result, "ragged", "steps", "samples_a_step") == [
-        (1, 40.0),
-        (8, 5.0),
-    ]  # the last, smaller batches wait for each other
+    # The smaller last batches of the uneven clients wait for each other.
+    assert _of(result, "steps", "samples_a_step")[:3] == [(40, 4.0), (4, 40.0), (2, 80.0)]
+    assert result["rows"][3]["steps"] > 112 // BATCH
 
 
 def test_steps_are_cut_into_the_chunks_of_a_run(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,22 +55,14 @@ def test_steps_are_cut_into_the_chunks_of_a_run(model: str, monkeypatch: pytest.
     monkeypatch.setattr(growth, "build_task", lambda *args: replace(whole(*args), micro_batch=2 * BATCH))
     result = _measure(model)
     assert result["micro_batch"] == 2 * BATCH
-    assert _along(result, "clients", "steps", "steps_of_largest_client") == [(40, 40), (20, 4), (20, 2)]
+    assert _of(result, "steps", "steps_of_largest_client")[:3] == [(40, 40), (20, 4), (20, 2)]
 
 
-def test_a_point_of_two_axes_is_measured_once_and_is_beside_the_right_reference(model: str) -> None:
-    result = _measure(model)
-    ten, most = (
-        next(r for r in result["rows"] if r["axis"] == axis and r["samples"] == SAMPLES and r["clients"] == 10)
-        for axis in ("clients", "samples")
-    )
-    assert ten["seconds"] == most["seconds"]
-    assert ten["times_reference"] == 1.0
-    first = next(row for row in result["rows"] if row["axis"] == "samples")
-    assert most["times_reference"] == pytest.approx(most["seconds"] / SAMPLES / (first["seconds"] / (SAMPLES // 4)))
-    for axis in growth.AXES:
-        assert [row["is_reference"] for row in result["rows"] if row["axis"] == axis].count(True) == 1
-    for row in result["rows"]:
+def test_points_are_beside_ten_equal_clients(model: str) -> None:
+    rows = _measure(model)["rows"]
+    assert rows[1]["times_reference"] == 1.0
+    for row in rows:
+        assert row["times_reference"] == pytest.approx(row["seconds"] / rows[1]["seconds"])
         assert 0 < row["seconds_averaging"] < row["seconds"]
         assert row["seconds_least"] <= row["seconds"] <= row["seconds_most"]
         assert row["ms_a_sample"] == pytest.approx(row["seconds"] / row["samples"] * 1e3)
@@ -86,7 +70,7 @@ def test_a_point_of_two_axes_is_measured_once_and_is_beside_the_right_reference(
 
 @pytest.mark.parametrize("samples", [40, 41, 320, 4000, 8000, 32000])
 def test_uneven_clients_share_all_samples_and_end_in_tails(samples: int) -> None:
-    sizes = growth.ragged_sizes(samples)
+    sizes = growth.uneven_sizes(samples)
     assert (len(sizes), sum(sizes)) == (growth.FEW, samples)
     assert sizes[0] == round(growth.SKEW * samples)
     assert sizes[1] == max(sizes[1:])
@@ -105,13 +89,13 @@ def test_samples_that_leave_tails_are_refused(samples: int, batch: int, says: st
 
 @pytest.mark.slow
 def test_the_command_writes_json_and_picture(cli: Cli, model: str, tmp_path: Path) -> None:
-    options = ("--model", model, "--samples", SAMPLES, "--batch-size", BATCH, "--clients", 2, "--rank", 1, "--rank", 2)
+    options = ("--model", model, "--samples", SAMPLES, "--batch-size", BATCH, "--clients", 2)
     files = ("--output", tmp_path / "growth.json", "--plot", tmp_path / "growth.png")
     code, out, _ = cli("bench", "growth", *options, "--repeats", 1, "--device", "cpu", *files)
     assert code == 0
-    assert all(title in out for title in growth.AXES.values())
+    assert "10 uneven" in out
     result = json.loads((tmp_path / "growth.json").read_text())
-    assert {row["axis"] for row in result["rows"]} == set(growth.AXES)
+    assert [row["clients"] for row in result["rows"]] == [2, 10, 10]
     assert {"command", "device", "threads", "commit", "versions", "micro_batch"} <= set(result)
     with Image.open(tmp_path / "growth.png") as picture:
         assert picture.format == "PNG"

@@ -59,10 +59,11 @@ def test_expected_is_the_operator(bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_rows_are_checked_and_measured(device: torch.device, dtype: str) -> None:
     result = bench(device, dtype, ("qkv", "proj"))
-    expected = {"frozen", "torch"}
+    with_peft = common.installed("peft")
+    expected = {"frozen", "torch"} | ({"PEFT"} if with_peft else set())
     if dtype == "fp32" or device.type == "cuda":
         expected |= {"triton"}
-    assert len(result["notes"]) == ("triton" not in expected)
+    assert len(result["notes"]) == ("triton" not in expected) + (not with_peft)
     rows = result["rows"]
     found = {(row["clients"], row["linear"], row["variant"]) for row in rows}
     assert len(found) == len(rows)
@@ -82,8 +83,22 @@ def test_rows_are_checked_and_measured(device: torch.device, dtype: str) -> None
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its interpreter is slow."""
+    """Its interpreter is slow; PEFT is left out with it."""
     monkeypatch.setattr(kernels, "triton_refusal", lambda device, dtype: "not here")
+    monkeypatch.setattr(common, "installed", lambda package: False)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_peft_computes_the_operator(parts: int) -> None:
+    """Every output and gradient that it has, assembled in the operator's layout."""
+    pytest.importorskip("peft")
+    o = kernels.make_operands(replace(CASE, parts=parts), torch.float32, CPU)
+    run = kernels.variants(o)["PEFT"]
+    assert list(run()) == ["y", "x", "A", "B"]
+    right = kernels.expected(o)
+    assert kernels.error(run, o, right) < 1e-5
+    for name in run():
+        assert kernels.error(run, o, right | {name: 1.001 * right[name]}) > kernels.TOLERANCE["fp32"]
 
 
 @pytest.fixture(params=["y", "x", "A", "B", "c"])
