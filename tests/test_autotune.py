@@ -343,6 +343,7 @@ def test_units_of_a_tower(encoder: str, towers: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found(towers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row of every product without its adapter, as from a tile that ends too early."""
     from fastdlp.kernels import half_blocks

@@ -23,7 +23,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["image", *(pytest.param(n, marks=pytest.mark.slow) for n in RUNS if n != "image")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_same_curve(name: str, handful: dict[str, str], tmp_path: Path) -> None:
     options = RUNS[name] | handful
     model = tiny_clip(tmp_path / "model", {"width": 16, "head_width": 8}, {"layers": 2}, quick_gelu=True)

@@ -36,6 +36,7 @@ def _of(result: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in names) for row in result["rows"]]
 
 
+@pytest.mark.slow
 def test_every_point_and_its_steps(model: str) -> None:
     """Steps follow the largest client and rows the sizes."""
     result = _measure(model)
@@ -50,6 +51,7 @@ def test_every_point_and_its_steps(model: str) -> None:
     assert result["rows"][3]["steps"] > 112 // BATCH
 
 
+@pytest.mark.slow
 def test_steps_are_cut_into_the_chunks_of_a_run(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = growth.build_task
     monkeypatch.setattr(growth, "build_task", lambda *args: replace(whole(*args), micro_batch=2 * BATCH))
@@ -58,6 +60,7 @@ def test_steps_are_cut_into_the_chunks_of_a_run(model: str, monkeypatch: pytest.
     assert _of(result, "steps", "steps_of_largest_client")[:3] == [(40, 40), (20, 4), (20, 2)]
 
 
+@pytest.mark.slow
 def test_points_are_beside_ten_equal_clients(model: str) -> None:
     rows = _measure(model)["rows"]
     assert rows[1]["times_reference"] == 1.0

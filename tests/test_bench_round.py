@@ -45,6 +45,7 @@ def measured(setting: round.Setting, **changes: Any) -> dict[str, Any]:
     return round.bench_round(replace(setting, **changes), lambda text: None)
 
 
+@pytest.mark.slow
 def test_every_variant_is_checked_and_measured(setting: round.Setting) -> None:
     result = measured(setting)
     rows = {(row["variant"], row["precision"]): row for row in result["rows"]}

@@ -475,6 +475,7 @@ def _step(block: torch.nn.Module, x: Tensor, groups: RowGroups) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())]
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(device: torch.device) -> None:
     """With aot_eager, forward and backward to the bit, also for other sizes in a second and third call."""
     torch._dynamo.reset()

@@ -343,6 +343,7 @@ class Little(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_compiles_in_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     model = randomise(adapt(Little(), ["attn", "fc", "proj"], slots=2, backend=backend, **OPTIONS)).to(DEVICE)
