@@ -251,7 +251,7 @@ def test_offline(
 
 PARTITIONS = {
     "unknown.json": ["digits/99999", "does not have"],
-    "pets.json": ["Abyssinian_1.jpg", "made for 'pets'"],
+    "pets.json": ["Abyssinian_1.jpg", "its data set is 'pets'"],
     "twice.json": ["digits/00001", "more than once"],
     "half.json": ["client '0'", "test"],
     "untrained.json": ["no client has a training sample"],
