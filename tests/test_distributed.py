@@ -26,6 +26,7 @@ import fastdlp
 from fastdlp.engine.device import pick_device
 from fastdlp.engine.distributed import ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
+from tests.sharing import once
 
 Same = Callable[[Path, Path], None]
 ROUNDS = 2
@@ -114,9 +115,16 @@ def _case(partition: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(four: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(four: Path, shared: Path) -> tuple[Path, Path]:
     """The same runs in one process and in two: two folders of run folders."""
-    one, two, told = (tmp_path_factory.mktemp(name) for name in ("one", "two", "told"))
+    folder = once(shared / "distributed", lambda folder: _run_all(four, folder))
+    return folder / "one", folder / "two"
+
+
+def _run_all(four: Path, folder: Path) -> None:
+    one, two, told = (folder / name for name in ("one", "two", "told"))
+    for path in (one, two, told):
+        path.mkdir(parents=True)
     cases = {name: (four, options) for name, options in OPTIONS.items()}
     cases["idle"] = _partition(told / "one-client", (0, 8, 0, 0)), {"method": "flora", "micro_batch": 1}
     cases["thirds"] = _partition(told / "thirds", (9, 13, 0, 6)), {"micro_batch": 1, "trace": True, "rounds": 1}
@@ -136,7 +144,6 @@ def runs(four: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     fastdlp.resume(two / "two-one", ROUNDS)
     for rank in (0, 1):
         (two / f"{rank}.json").write_text((told / f"{rank}.json").read_text())
-    return one, two
 
 
 @pytest.mark.slow
