@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import subprocess
@@ -95,7 +96,9 @@ def measure(call: Callable[[], Any], device: torch.device, milliseconds: float, 
             than they run. A call that cannot be recorded is timed as it is.
     """
     if device.type != "cuda":
-        from torch.utils.benchmark import Timer  # logs a line where a CUDA toolkit is installed without a GPU
+        # Importing it logs a line where a CUDA toolkit is installed without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from torch.utils.benchmark import Timer
 
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         call()
@@ -167,7 +170,9 @@ def print_table(console: Console, title: str, lines: Lines) -> None:
     table.collapse_padding = True
     for column in lines[0] if lines else ():
         justify: Any = "left" if column in TEXT else "right"
-        table.add_column(column.replace(" ", "\n") if column not in TEXT else column, justify=justify, no_wrap=True)
+        table.add_column(
+            column.replace(" ", "\n").replace("_", " ") if column not in TEXT else column, justify=justify, no_wrap=True
+        )
     for line in lines:
         table.add_row(*line.values())
     # A terminal that is too narrow wraps the lines; rich would cut the numbers.
