@@ -60,7 +60,7 @@ def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Raises FastdlpError where the disk refuses."""
+    """Write a safetensors file atomically. Raises FastdlpError if the write fails."""
     # One metadata key: safetensors writes several in an arbitrary order, and equal runs must give equal files.
     write_atomic(path, safetensors.torch.save(dict(tensors), {"fastdlp": json.dumps(metadata, sort_keys=True)}))
 

@@ -19,7 +19,7 @@ def save_checkpoint(path: Path, engine: Engine, rows: range, finished: int, iden
     """Write rows of the engine's bank after round `finished`; `identity` identifies the run they belong to.
 
     Raises:
-        FastdlpError: the disk refuses; the earlier checkpoint stays.
+        FastdlpError: the write fails; the earlier checkpoint stays.
     """
     tensors = {name: tensor.cpu().clone() for name, tensor in _state(engine, rows).items()}
     save_tensors(path, tensors, identity | {"round": str(finished)})

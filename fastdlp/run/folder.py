@@ -54,7 +54,7 @@ class RunFolder:
         """Create the folder with config and partition; it gets its name only when both are in it.
 
         Raises:
-            FastdlpError: as `check_free`, or the disk refuses.
+            FastdlpError: as `check_free`, or a write fails.
         """
         RunFolder.check_free(path, overwrite)
         named, path = path, Path(os.path.realpath(path))  # a link stays a link
@@ -125,7 +125,7 @@ class RunFolder:
         return path.exists() and path.stat().st_size > 0
 
     def append_round(self, line: dict[str, Any]) -> None:
-        """Add a round to metrics.jsonl. Raises FastdlpError where the disk refuses."""
+        """Add a round to metrics.jsonl. Raises FastdlpError if the write fails."""
         try:
             with open(self.path / METRICS, "a") as file:
                 file.write(json.dumps(line) + "\n")

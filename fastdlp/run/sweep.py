@@ -93,7 +93,7 @@ def sweep(
         callbacks: see `Callbacks`; `finished_round` gets the line of the best member.
 
     Raises:
-        FastdlpError: bad input, a disk that refuses, or every member diverged.
+        FastdlpError: invalid input, a failed write, or every member diverged.
         Stopped: `callbacks.should_stop` returned True.
     """
     start_time = time.perf_counter()

@@ -70,7 +70,7 @@ class SweepFolder:
         """Create the folder with its record; with `overwrite`, an earlier sweep is removed first.
 
         Raises:
-            FastdlpError: as `check_free`; another process writes to the earlier sweep; the disk refuses.
+            FastdlpError: as `check_free`; another process writes to the earlier sweep; a write fails.
         """
         SweepFolder.check_free(path, overwrite)
         if (path / FILE).is_file():

@@ -52,7 +52,7 @@ class Trace:
         }
 
     def write(self, number: int) -> None:
-        """Write the round's tensors and batches. Raises FastdlpError where the disk refuses."""
+        """Write the round's tensors and batches. Raises FastdlpError if the write fails."""
         server = shared_tensors(self.engine.bank, self.engine.server)
         tensors = self._clients | {f"server/{name}": tensor for name, tensor in server.items()}
         save_tensors(self.path / f"round-{number:04d}.safetensors", tensors, {"round": str(number)})
