@@ -109,10 +109,10 @@ class TrainConfig:
 
     method: str = _what(
         "feddlp",
-        "feddlp: private gated LoRA and shared LoRA that teach each other. flora: one LoRA, averaged. feddat: shared "
-        "LoRA, taught by its frozen copy and a local one. combined: feddlp's two adapters in one forward. fedclip: "
-        "attention on the features. local, local-sora: one LoRA, without and with gate, never exchanged. FLoRA's "
-        "baselines: fedfft, fedvmlc, fedlc, fedaa.",
+        "feddlp: private gated LoRA and shared LoRA, distilled from each other. flora: one LoRA, averaged. feddat: "
+        "shared LoRA, distilled from its frozen copy and a local one. combined: feddlp's two adapters in one forward. "
+        "fedclip: attention on the features. local, local-sora: one LoRA, without and with gate, never exchanged. "
+        "FLoRA's baselines: fedfft, fedvmlc, fedlc, fedaa.",
     )
     encoder: Literal["image", "text", "both"] = _what(
         "image", "Adapted tower of CLIP: image or text; fedfft also both."
