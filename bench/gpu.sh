@@ -125,6 +125,7 @@ pytest() {
     local processes=(-n "$PROCESSES")
     has xdist || processes=()
     has xdist || say "pytest-xdist is not installed: one process"
+    # Without pyproject's addopts, one of which needs pytest-benchmark.
     stage "$1" "$2" "$PYTHON" -m pytest -q -rfE -o addopts= -p no:cacheprovider --maxfail=30 --durations=10 \
         "${processes[@]}" "${@:3}"
 }
