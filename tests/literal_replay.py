@@ -2,7 +2,7 @@
 
 How close. Both sides work in fp32 and add in another order, so gradients differ by about 1e-6 of their tensor's
 scale. AdamW divides each element's gradient by its own running size: an element whose gradient is a millionth of its
-neighbours' may move by another whole lr, and pulls others after it a little. (Against a literal loop in fp64 the run
+neighbors' may move by another whole lr, and pulls others after it a little. (Against a literal loop in fp64 the run
 and the literal fp32 loop stand equally far off, at the same elements.) Hence, per owner, branch and kind of tensor
 (A, B, gate; every other tensor by itself), where a gap is |theirs − mine| less the rounding of the stored value, 1e-6
 of its size:

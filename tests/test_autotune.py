@@ -386,10 +386,12 @@ def test_the_tower_asks_for_every_unit(name: str, towers: Any, monkeypatch: pyte
 
 def test_a_cpu_measures_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_engine, "measured", lambda *args: pytest.fail("measured on a CPU"))
-    told: list[str] = []
-    train(TrainConfig(partition=str(few), rounds=1, out=str(tmp_path / "run")), callbacks=Callbacks(notice=told.append))
+    notices: list[str] = []
+    train(
+        TrainConfig(partition=str(few), rounds=1, out=str(tmp_path / "run")), callbacks=Callbacks(notice=notices.append)
+    )
     config = RunFolder(tmp_path / "run").config()
-    assert (config.backend, config.cuda_graph, told) == ("torch", False, [])
+    assert (config.backend, config.cuda_graph, notices) == ("torch", False, [])
     assert not list(cache_root().glob("forms-*"))
 
 
@@ -403,19 +405,21 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
     monkeypatch.setattr(build_engine, "must_measure", lambda name, *args: name == "auto")
     monkeypatch.setattr(units, "cuda_meter", lambda device: meter)
     monkeypatch.setattr(units, "cuda_identity", lambda device, dtype, setting: IDENTITY | {"setting": setting})
-    told: list[str] = []
+    notices: list[str] = []
     config = TrainConfig(method=method, partition=str(few), out=str(tmp_path / "run"))
-    made = prepare(config, notice=told.append)
+    made = prepare(config, notice=notices.append)
     chosen = read_backend(made.config.backend)
     if method == "fedclip":
-        assert (chosen, told) == ("torch", [])
+        assert (chosen, notices) == ("torch", [])
         return
     assert isinstance(chosen, Selection)
     assert [(c.unit, c.rows) for c in chosen.choices if c.form == "triton"] == [("optimizer", 3)]
     assert {c.rows for c in chosen.choices if c.unit == "attention"} == {96, 32, 12}  # 3 × 32, 1 × 32, 3 × 4 scored
     assert made.engine.bank.backend == "triton"
     assert made.engine.task.tower.backend == chosen  # type: ignore[attr-defined]
-    assert told[0].startswith("--backend auto: optimizer of 3 rows triton (1 ms against 2); attention of 96 rows torch")
+    assert notices[0].startswith(
+        "--backend auto: optimizer of 3 rows triton (1 ms against 2); attention of 96 rows torch"
+    )
     assert [path.name[:6] for path in (tmp_path / "cache").glob("forms-*")] == ["forms-"]
 
 
@@ -431,9 +435,9 @@ def test_a_run_keeps_its_selection(
     config = TrainConfig(partition=str(few), model=model, rounds=2, lr=1e-3)
     monkeypatch.setattr(build_engine, "must_measure", lambda name, *args: name == "auto")
     monkeypatch.setattr(build_engine, "measured", lambda *args: MIXED)
-    told: list[str] = []
-    train(replace(config, out=str(tmp_path / "a")), callbacks=Callbacks(notice=told.append))
-    assert told == [f"--backend auto: {MIXED.reason}"]
+    notices: list[str] = []
+    train(replace(config, out=str(tmp_path / "a")), callbacks=Callbacks(notice=notices.append))
+    assert notices == [f"--backend auto: {MIXED.reason}"]
     assert RunFolder(tmp_path / "a").config().backend == str(MIXED)
 
     train(replace(config, rounds=1, out=str(tmp_path / "b")))

@@ -182,15 +182,15 @@ def test_tars_are_confined_for_an_older_torchvision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("evil", [("a", "..", "a/x"), ("d/l", "../..", "x"), ("l", "/", "x"), ("l", "d", "l/x")])
 def test_links_that_lead_elsewhere(evil: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand, for a Python that has no filter: a link upwards, to the root, or with something behind it."""
+    """By hand, for a Python that has no filter: a link upwards, to the root, or followed by a path."""
     monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    name, target, behind = evil
+    name, target, following = evil
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         link = tarfile.TarInfo(name)
         link.type, link.linkname = tarfile.SYMTYPE, target
         tar.addfile(link)
-        tar.addfile(tarfile.TarInfo(behind))
+        tar.addfile(tarfile.TarInfo(following))
     content.seek(0)
     (tmp_path / "inner").mkdir()
     with tarfile.open(fileobj=content) as tar, confined_tar(), pytest.raises(tarfile.TarError, match="outside"):

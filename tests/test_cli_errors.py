@@ -234,7 +234,7 @@ def test_the_bomb_works(place: Path) -> None:
 def test_offline(
     model: str, words: list[str], assert_refused: Refused, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told within seconds, and not after a minute of retries."""
+    """Reported within seconds, and not after a minute of retries."""
     import huggingface_hub.constants as hub
 
     def unreachable(*args: Any, **kwargs: Any) -> Any:
@@ -244,9 +244,9 @@ def test_offline(
         monkeypatch.delenv(name)
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(place.parent / "hub"))
-    begun = time.monotonic()
+    start = time.monotonic()
     assert_refused(f"train --out run --model {model}", *words)
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - start < 15
 
 
 PARTITIONS = {
@@ -400,7 +400,7 @@ def _without_line(number: int) -> Callable[[Path], None]:
 
 
 def _garbled_line(path: Path) -> None:
-    """The first line; the good one behind it must not be thrown away."""
+    """The first line; the good one after it must not be thrown away."""
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(["{" + lines[0], *lines[1:]]))
 
@@ -488,11 +488,11 @@ def test_adapters_of_other_weights_shape_and_names(copies: Path, assert_refused:
 def test_loss_that_is_not_finite(few: Path, place: Path, assert_refused: Refused, cli: Any) -> None:
     """The checkpoint before it stays, and a resumed run fails in the same words."""
     command = f"train --partition {few} --batch-size 4 --rounds 3 --quiet --lr 1e30 --out run"
-    told = assert_refused(command, "client", "round 1, step 0", "lower --lr", "last good checkpoint", changes=True)
+    message = assert_refused(command, "client", "round 1, step 0", "lower --lr", "last good checkpoint", changes=True)
     tensors, about = load_tensors(place / "run/checkpoint.safetensors")
     assert about["round"] == "0"
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert assert_refused("train --resume run --quiet", changes=True) == told
+    assert assert_refused("train --resume run --quiet", changes=True) == message
     again, about_again = load_tensors(place / "run/checkpoint.safetensors")
     assert about_again == about
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
@@ -578,7 +578,7 @@ def test_disk_full_at_any_write(
 
 @pytest.fixture
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system with room for 10 MB; skipped where one may not be mounted."""
+    """A file system with 10 MB free; skipped where one may not be mounted."""
     point = tmp_path_factory.mktemp("disk")
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", point], capture_output=True, check=False)
     if mount.returncode:
@@ -589,13 +589,13 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
-@pytest.mark.parametrize("room", [1, 1000, 3000])
+@pytest.mark.parametrize("free_kib", [1, 1000, 3000])
 def test_a_truly_full_disk(
-    room: int, small_disk: Path, runs: Path, few: Path, assert_refused: Refused, cli: Any, same_run: Any
+    free_kib: int, small_disk: Path, runs: Path, few: Path, assert_refused: Refused, cli: Any, same_run: Any
 ) -> None:
     """A checkpoint takes 2 MB, and a second one beside it while it is written."""
     ballast, run = small_disk / "ballast", small_disk / "run"
-    size = 10 * 1024 - room
+    size = 10 * 1024 - free_kib
     ballast.write_bytes(b"x" * (size * 1024))
     command = f"train --partition {few} --batch-size 4 --rounds 3 --quiet"
     assert_refused(f"{command} --out {run}", "No space left on device", str(small_disk))
@@ -651,7 +651,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastdlp", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_wrong_option_is_told_before_torch_is_loaded(place: Path) -> None:
+def test_a_wrong_option_is_refused_before_torch_is_loaded(place: Path) -> None:
     code = "import sys; sys.argv = ['fastdlp', 'train', '--beta', '0']\n"
     code += "import atexit; atexit.register(lambda: print('torch' in sys.modules))\n"
     code += "from fastdlp.cli.main import main; main()"

@@ -77,15 +77,15 @@ def assert_right(found: tuple[list[Tensor], Tensor], rtol: float = 0.0) -> None:
 
 
 def test_right_graphs_stay_on() -> None:
-    recorder, told = Fake(), list[str]()
-    assert_right(results(recorder, told.append))
-    assert (recorder.recorded, recorder.replays, told) == (2, 5, [])  # all but the first step of a shape
+    recorder, notices = Fake(), list[str]()
+    assert_right(results(recorder, notices.append))
+    assert (recorder.recorded, recorder.replays, notices) == (2, 5, [])  # all but the first step of a shape
 
 
 def test_rounding_is_no_error() -> None:
-    recorder, told = Fake(lambda call: call() * (1 + TOLERANCE / 2)), list[str]()
-    assert_right(results(recorder, told.append), rtol=TOLERANCE)
-    assert (recorder.replays, told) == (5, [])
+    recorder, notices = Fake(lambda call: call() * (1 + TOLERANCE / 2)), list[str]()
+    assert_right(results(recorder, notices.append), rtol=TOLERANCE)
+    assert (recorder.replays, notices) == (5, [])
 
 
 def _raises(call: Callable[[], Any]) -> Any:
@@ -108,13 +108,13 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("wrong", "why"), WRONG.values(), ids=WRONG)
 def test_a_wrong_graph_is_never_used(wrong: Any, why: str) -> None:
-    recorder, told = Fake(wrong), list[str]()
-    assert_right(results(recorder, told.append))
+    recorder, notices = Fake(wrong), list[str]()
+    assert_right(results(recorder, notices.append))
     assert (recorder.recorded, recorder.replays) == (1, 1)
-    assert len(told) == 1
-    assert told[0].startswith("without CUDA graphs: ")
-    assert why in told[0]
-    assert "\n" not in told[0]
+    assert len(notices) == 1
+    assert notices[0].startswith("without CUDA graphs: ")
+    assert why in notices[0]
+    assert "\n" not in notices[0]
     with pytest.raises(FastdlpError, match=f"{why}.*leave out --cuda-graph"):
         results(Fake(wrong), None)
 
@@ -127,12 +127,12 @@ def test_inputs_that_a_graph_holds_on_to_are_noticed() -> None:
         def record(self, call: Callable[[], Any]) -> Callable[[], Any]:
             return lambda: stale[0]() if stale else call()
 
-    told: list[str] = []
-    toy = Toy(Stale(), told.append)
+    notices: list[str] = []
+    toy = Toy(Stale(), notices.append)
     stale.append(lambda: toy.step(STEPS[0][0], SMALL, torch.tensor([0.0])))
     for i, (w, shape) in enumerate(STEPS):
         toy.run(w, shape, torch.tensor([0.5 * i]))
-    assert len(told) == 1
+    assert len(notices) == 1
     plain = Toy(None, None)
     for w, shape in STEPS:
         plain.step(w, shape, None)
@@ -147,16 +147,16 @@ def test_a_recording_that_fails() -> None:
             finally:
                 raise RuntimeError("capture was invalidated")
 
-    told: list[str] = []
-    assert_right(results(Fails(), told.append))
-    assert told == ["without CUDA graphs: no room"]
+    notices: list[str] = []
+    assert_right(results(Fails(), notices.append))
+    assert notices == ["without CUDA graphs: no room"]
 
 
 def test_a_later_shape_decides_too() -> None:
     wrong_shape = Fake(lambda call: (out := call()) * (1.0 if out.shape[1] == 1 else 2.0))
-    told: list[str] = []
-    assert_right(results(wrong_shape, told.append))
-    assert (wrong_shape.replays, len(told)) == (4, 1)
+    notices: list[str] = []
+    assert_right(results(wrong_shape, notices.append))
+    assert (wrong_shape.replays, len(notices)) == (4, 1)
 
 
 @pytest.mark.parametrize(("asked", "on"), [(None, True), (True, True), (False, False)])
@@ -176,10 +176,10 @@ def test_a_run_whose_graphs_are_wrong(few: Path, tmp_path: Path) -> None:
     config = TrainConfig(partition=str(few), batch_size=4, local_epochs=2, out=str(tmp_path))
     plain, graphed = (prepare(config).engine for _ in range(2))
     assert plain.run == plain._step
-    told: list[str] = []
-    graphed.run = GraphedSteps(graphed._step, Fake(_updates_twice), graphed.bank.tensors, told.append)
+    notices: list[str] = []
+    graphed.run = GraphedSteps(graphed._step, Fake(_updates_twice), graphed.bank.tensors, notices.append)
     for engine in (plain, graphed):
         engine.train_round(1)
-    assert len(told) == 1
+    assert len(notices) == 1
     for one, other in zip(plain.bank.tensors(), graphed.bank.tensors()):
         assert torch.equal(one, other)

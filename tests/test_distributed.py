@@ -47,7 +47,7 @@ import fastdlp
 from fastdlp.errors import FastdlpError
 from fastdlp.engine.distributed import process_group
 
-todo, told = sys.argv[1:]
+todo, results = sys.argv[1:]
 for case in json.loads(todo):
     if "resume" in case:
         fastdlp.resume(case["resume"], case["rounds"])
@@ -57,12 +57,12 @@ for case in json.loads(todo):
 with process_group() as group:
     rows = torch.tensor([[0.1], [0.2], [0.3]]) + 10 * group.rank
     group.broadcast_rows(rows, [1, 0, 1])
-    heard = {
+    received = {
         "gather": group.all_gather([group.rank, float("inf")]),
         "any": [group.any(group.rank == 1), group.any(False)],
         "total": group.all_reduce(torch.tensor([1.0, group.rank], dtype=torch.float64)).tolist(),
-        "union": [part.tolist() for part in group.any_reduce([np.arange(2) == group.rank, np.zeros(1, bool)])],
-        "spread": rows.tolist(),
+        "any_reduce": [part.tolist() for part in group.any_reduce([np.arange(2) == group.rank, np.zeros(1, bool)])],
+        "broadcast_rows": rows.tolist(),
         "errors": [],
     }
     for guilty in (0, 1):
@@ -71,12 +71,12 @@ with process_group() as group:
                 if group.rank == guilty:
                     raise FastdlpError(f"only in {guilty}")
                 with group.local_rank_zero_first():
-                    heard["errors"].append("did not wait")
+                    received["errors"].append("did not wait")
         except FastdlpError as error:
-            heard["errors"].append(str(error))
+            received["errors"].append(str(error))
     with group.sync_errors():
         pass
-    open(f"{told}/{group.rank}.json", "w").write(json.dumps(heard))
+    open(f"{results}/{group.rank}.json", "w").write(json.dumps(received))
 """
 
 
@@ -122,12 +122,12 @@ def runs(four: Path, shared: Path) -> tuple[Path, Path]:
 
 
 def _run_all(four: Path, folder: Path) -> None:
-    one, two, told = (folder / name for name in ("one", "two", "told"))
-    for path in (one, two, told):
+    one, two, results = (folder / name for name in ("one", "two", "results"))
+    for path in (one, two, results):
         path.mkdir(parents=True)
     cases = {name: (four, options) for name, options in OPTIONS.items()}
-    cases["idle"] = _partition(told / "one-client", (0, 8, 0, 0)), {"method": "flora", "micro_batch": 1}
-    cases["thirds"] = _partition(told / "thirds", (9, 13, 0, 6)), {"micro_batch": 1, "trace": True, "rounds": 1}
+    cases["idle"] = _partition(results / "one-client", (0, 8, 0, 0)), {"method": "flora", "micro_batch": 1}
+    cases["thirds"] = _partition(results / "thirds", (9, 13, 0, 6)), {"micro_batch": 1, "trace": True, "rounds": 1}
     for name, (partition, options) in cases.items():
         fastdlp.train(fastdlp.TrainConfig(**_case(partition, one / name, **options)))
     todo: list[dict[str, Any]] = [_case(p, two / name, **options) for name, (p, options) in cases.items()]
@@ -135,15 +135,15 @@ def _run_all(four: Path, folder: Path) -> None:
     longer = OPTIONS["feddlp"] | {"rounds": 1}
     fastdlp.train(fastdlp.TrainConfig(**_case(four, two / "one-two", **longer)))
     todo += [{"resume": str(two / "one-two"), "rounds": ROUNDS}, _case(four, two / "two-one", **longer)]
-    script = told / "script.py"
+    script = results / "script.py"
     script.write_text(SCRIPT)
-    with _torchrun(script, json.dumps(todo), told) as process:
+    with _torchrun(script, json.dumps(todo), results) as process:
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out == ""
     fastdlp.resume(two / "two-one", ROUNDS)
     for rank in (0, 1):
-        (two / f"{rank}.json").write_text((told / f"{rank}.json").read_text())
+        (two / f"{rank}.json").write_text((results / f"{rank}.json").read_text())
 
 
 @pytest.mark.slow
@@ -214,14 +214,14 @@ def test_other_shapes_and_sums_agree_to_rounding(name: str, runs: tuple[Path, Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_processes_tell_each_other(rank: int, runs: tuple[Path, Path]) -> None:
-    heard = json.loads((runs[1] / f"{rank}.json").read_text())
-    assert heard["gather"] == [[0, float("inf")], [1, float("inf")]]
-    assert heard["any"] == [True, False]
-    assert heard["total"] == [2.0, 1.0]
-    assert heard["union"] == [[True, True], [False]]
-    assert np.allclose(heard["spread"], [[10.1], [0.2], [10.3]], rtol=0, atol=1e-6)
-    messages = [error for error in heard["errors"] if error != "did not wait"]
+def test_what_processes_exchange(rank: int, runs: tuple[Path, Path]) -> None:
+    received = json.loads((runs[1] / f"{rank}.json").read_text())
+    assert received["gather"] == [[0, float("inf")], [1, float("inf")]]
+    assert received["any"] == [True, False]
+    assert received["total"] == [2.0, 1.0]
+    assert received["any_reduce"] == [[True, True], [False]]
+    assert np.allclose(received["broadcast_rows"], [[10.1], [0.2], [10.3]], rtol=0, atol=1e-6)
+    messages = [error for error in received["errors"] if error != "did not wait"]
     assert messages == ["only in 0", "only in 1"]
 
 
@@ -314,10 +314,10 @@ def test_a_folder_that_is_taken(four: Path, runs: tuple[Path, Path]) -> None:
     """One line for all processes, soon, and nothing written."""
     run = runs[0] / "flora"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    begun = time.monotonic()
+    start = time.monotonic()
     with _torchrun("-m", "fastdlp", "train", "--partition", four, "--out", run) as process:
         out, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - start < 40
     assert process.returncode != 0
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("fastdlp:")]

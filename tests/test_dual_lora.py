@@ -205,6 +205,6 @@ def test_refuses_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]) -> No
             function(**o, groups=RowGroups((7,)))
 
 
-def test_runs_join_neighbours_of_one_size() -> None:
+def test_runs_join_neighbors_of_one_size() -> None:
     assert RowGroups((5, 5, 0, 2), views=2).runs == ((0, 2, 0, 20, 5), (3, 4, 20, 24, 2))
     assert RowGroups((5, 5), 1).times(3) == RowGroups((15, 15), 1)

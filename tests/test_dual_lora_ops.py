@@ -376,7 +376,7 @@ def _op_arguments(arguments: dict[str, Any], activation: str, keep: bool) -> tup
 
 
 def _backward_arguments(forward: tuple[Any, ...], dy: Tensor, saved: list[Tensor]) -> tuple[Any, ...]:
-    """What `fastdlp::dual_lora_backward` takes behind a forward, but for what is needed of it."""
+    """What `fastdlp::dual_lora_backward` takes after a forward, without the flags of what is needed."""
     x, weight, _, *rest = (t.detach() if isinstance(t, Tensor) else t for t in forward[:12])
     return (dy, x, *saved, weight, *rest)
 

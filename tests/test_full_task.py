@@ -62,7 +62,7 @@ def _full(
 
 
 def _moved(clip: Clip, encoder: str) -> nn.Module:
-    """A copy of the network whose trained weights have gone elsewhere."""
+    """A copy of the network whose trained weights are replaced."""
     net = copy.deepcopy(clip.net)
     g = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -250,13 +250,13 @@ def test_the_checkpoint_holds_the_weights_alone(few: Path, tmp_path: Path) -> No
     assert state["global/weights"].numel() == sum(tensor.numel() for tensor in server.values())
 
 
-def test_a_user_is_told_what_it_takes(few: Path, tmp_path: Path, cli: CLI) -> None:
+def test_what_it_takes_is_printed(few: Path, tmp_path: Path, cli: CLI) -> None:
     options = ("--partition", few, "--rounds", 1, "--batch-size", 4)
     code, out, err = cli("train", *options, "--method", "fedfft", "--out", tmp_path / "run")
     assert code == 0, err
     count = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
-    told = " ".join((out + err).split())
-    assert f"full fine-tuning of {count:,} parameters: one copy for all clients, which train one after another" in told
+    text = " ".join((out + err).split())
+    assert f"full fine-tuning of {count:,} parameters: one copy for all clients, which train one after another" in text
     code, out, err = cli("train", *options, "--method", "flora", "--out", tmp_path / "other")
     assert "full fine-tuning" not in out + err
 

@@ -107,7 +107,7 @@ def test_a_hundred_clients_on_40_gb(backend: str, monkeypatch: pytest.MonkeyPatc
     assert GRAPHS * rows * activation_bytes(VIT_B_32, TOKENS, HEADS, 2, backend, "cuda") <= 0.8 * free
 
 
-def test_a_batch_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
     with pytest.raises(FastdlpError, match=r"a step of one client takes about .* GB \(32 rows of 50 tokens\) and cpu"):
         rows_at_once(VIT_B_32, TOKENS, HEADS, 4, "torch", torch.device("cpu"), least=32)

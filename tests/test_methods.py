@@ -221,7 +221,7 @@ def test_defaults(method: str, model: str, protocol: Any, expected: dict[str, An
     assert {name: getattr(config, name) for name in given} == given
 
 
-def test_unknown_methods_are_told_the_known_ones(cli: CLI, tmp_path: Path) -> None:
+def test_unknown_methods_list_the_known_ones(cli: CLI, tmp_path: Path) -> None:
     code, out, err = cli("train", "--method", "fedavg", "--out", tmp_path / "run")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"unknown --method 'fedavg': choose from {', '.join(METHODS)}" in err

@@ -420,7 +420,7 @@ MUTANTS: dict[str, tuple[Case, type[Federation], dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_another_algorithm_is_told_apart(workshop: Workshop, name: str) -> None:
+def test_another_algorithm_is_detected(workshop: Workshop, name: str) -> None:
     """The bounds are not empty: a literal loop with one thing wrong misses them by far."""
     case, kind, changes = MUTANTS[name]
     federation = workshop.federation(case, kind, **changes)
@@ -446,7 +446,7 @@ SCORED: dict[str, tuple[Case, type[Federation]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED)
-def test_another_score_is_told_apart(workshop: Workshop, name: str) -> None:
+def test_another_score_is_detected(workshop: Workshop, name: str) -> None:
     """Correct counts show which model clients are scored with."""
     case, kind = SCORED[name]
     federation = workshop.federation(case, kind)

@@ -251,7 +251,7 @@ def test_an_unfinished_run_is_marked_and_left_alone(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_series_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_series_are_named_by_what_differs(tmp_path: Path) -> None:
     kinds: list[dict[str, Any]] = [
         {"lr": 1e-3},
         {"lr": 1e-3, "seed": 3, "device": "cpu"},

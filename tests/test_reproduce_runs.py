@@ -94,15 +94,15 @@ def test_jobs_make_the_same_runs(finished: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
-    """Long before their end, with a checkpoint of the rounds that are recorded, and the third was never begun."""
+    """Long before their end, with a checkpoint of the rounds that are recorded, and the third was never started."""
     configs = [replace(config, rounds=99) for config in _configs(tmp_path / "runs", "local", "flora", "feddlp")]
     first = tmp_path / "runs/digits-local-text-beta0.1-seed0"
-    begun: list[str] = []
-    callbacks = PlanCallbacks(started=begun.append, should_stop=(first / "metrics.jsonl").exists)
+    started: list[str] = []
+    callbacks = PlanCallbacks(started=started.append, should_stop=(first / "metrics.jsonl").exists)
     with pytest.raises(Interrupted):
         complete(configs, jobs, [], callbacks)
     assert missing(configs) == configs
-    assert len(begun) == jobs
+    assert len(started) == jobs
     lines = len((first / "metrics.jsonl").read_text().splitlines())
     assert 1 <= lines < 99
     with pytest.raises(Stopped, match=f"after round {lines + 1} "):

@@ -138,7 +138,7 @@ def test_a_stop_writes_a_checkpoint_between_two(few: Path, every_second: Path, s
 
 
 def test_a_torn_last_line_is_done_again(few: Path, whole: Path, same_run: Same, tmp_path: Path) -> None:
-    """What a kill in the middle of a write leaves behind the last checkpoint, in both files of lines."""
+    """What a kill in the middle of a write leaves after the last checkpoint, in both files of lines."""
     run = tmp_path / "run"
     with pytest.raises(Stopped):
         fastdlp.train(_config(few, run), callbacks=_stop_after(2))
@@ -149,7 +149,7 @@ def test_a_torn_last_line_is_done_again(few: Path, whole: Path, same_run: Same, 
     same_run(run, whole)
 
 
-def test_a_finished_run_is_told_again_and_left_alone(whole: Path, cli: Any, tmp_path: Path) -> None:
+def test_a_finished_run_is_printed_again_and_unchanged(whole: Path, cli: Any, tmp_path: Path) -> None:
     run = shutil.copytree(whole, tmp_path / "run")
     before = _files(run)
     code, out, err = cli("train", "--resume", run, "--json")
@@ -245,11 +245,11 @@ def test_ctrl_c(few: Path, same_run: Same, tmp_path: Path, cli: Any) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    (told,) = [line for line in err.splitlines() if "--resume" in line]
+    (line,) = [line for line in err.splitlines() if "--resume" in line]
     finished = len(metrics.read_text().splitlines())
     assert 1 <= finished < rounds
-    assert f"stopped after round {finished} of {rounds}" in told
-    assert str(run) in told
+    assert f"stopped after round {finished} of {rounds}" in line
+    assert str(run) in line
     assert cli("train", "--resume", run, "--quiet", "--rounds", finished + 1) == (0, "", "")
     fastdlp.train(_config(few, tmp_path / "whole", rounds=finished + 1))
     same_run(run, tmp_path / "whole")
@@ -261,10 +261,10 @@ def span(few: Path, whole: Path, same_run: Same, tmp_path_factory: pytest.TempPa
     run = tmp_path_factory.mktemp("span") / "run"
     process = _start(few, run, ROUNDS)
     _wait_for(run.exists, process)
-    begun = time.monotonic()
+    start = time.monotonic()
     while not (run / "summary.json").exists() and process.poll() is None:
         time.sleep(0.001)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     assert process.wait(60) == 0, process.communicate()[1]
     same_run(run, whole)
     return seconds

@@ -23,17 +23,17 @@ def queues(sizes: dict[int, int], size: int = 32, epochs: int = 1) -> dict[int, 
 
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("room", [1, 40, 100, 10_000])
-def test_every_batch_once_and_in_its_order(room: int, padded: bool, epochs: int) -> None:
+@pytest.mark.parametrize("max_rows", [1, 40, 100, 10_000])
+def test_every_batch_once_and_in_its_order(max_rows: int, padded: bool, epochs: int) -> None:
     asked = queues(RAGGED, epochs=epochs)
-    steps = assemble_steps(asked, 32, room, lambda samples: samples, padded)
+    steps = assemble_steps(asked, 32, max_rows, lambda samples: samples, padded)
     taken: dict[int, list[np.ndarray]] = {slot: [] for slot in asked}
     for step in steps:
         slots = [slot for slot, _ in step]
         assert len(set(slots)) == len(slots)
         lengths = [len(samples) for _, samples in step]
         assert lengths == sorted(lengths, reverse=True)
-        assert len(step) == 1 or sum([32] * len(step) if padded else lengths) <= room
+        assert len(step) == 1 or sum([32] * len(step) if padded else lengths) <= max_rows
         for slot, samples in step:
             taken[slot].append(samples)
     for slot, batches in asked.items():
@@ -105,11 +105,11 @@ def test_a_plan_of_nothing() -> None:
 
 
 def test_ahead_is_one_item_ahead_and_in_order() -> None:
-    begun: list[int] = []
+    started: list[int] = []
     second = threading.Event()
 
     def double(item: int) -> int:
-        begun.append(item)
+        started.append(item)
         if item == 1:
             second.set()
         return 2 * item
@@ -118,7 +118,7 @@ def test_ahead_is_one_item_ahead_and_in_order() -> None:
     assert next(results) == 0
     assert second.wait(10)  # item 1 runs while its caller still works with item 0
     assert list(results) == [2, 4, 6]
-    assert begun == [0, 1, 2, 3]
+    assert started == [0, 1, 2, 3]
 
 
 def test_ahead_passes_errors_on() -> None:

@@ -17,7 +17,7 @@ LABELS = np.random.default_rng(0).integers(0, CLASSES, 400)
 IDS = [f"sample/{i:03d}" for i in range(len(LABELS))]
 
 
-def _dealt(seed: int = 3) -> Partition:
+def _partition(seed: int = 3) -> Partition:
     return make_partition(LABELS, clients=6, beta=0.5, seed=seed)
 
 
@@ -47,7 +47,7 @@ def test_sizes_of_validation(fraction: float) -> None:
 
 
 def test_validation_comes_out_of_training_and_nothing_else_changes() -> None:
-    partition = _dealt()
+    partition = _partition()
     before = [samples.copy() for samples in partition.train]
     held = hold_out(partition, 0.3)
     assert _same(held.test, partition.test)
@@ -70,7 +70,7 @@ def test_validation_is_drawn_at_random_from_the_partition_s_seed() -> None:
 
 
 def test_a_client_s_validation_does_not_depend_on_the_others() -> None:
-    partition = _dealt()
+    partition = _partition()
     whole = hold_out(partition, 0.3)
     three = hold_out(replace(partition, train=partition.train[:3], test=partition.test[:3]), 0.3)
     assert _same(three.val, whole.val[:3])
@@ -80,13 +80,13 @@ def test_a_client_s_validation_does_not_depend_on_the_others() -> None:
 
 def test_validation_is_held_out_once() -> None:
     with pytest.raises(FastdlpError, match="names validation samples: leave out --val-fraction"):
-        hold_out(hold_out(_dealt(), 0.3), 0.3)
+        hold_out(hold_out(_partition(), 0.3), 0.3)
 
 
 @pytest.mark.parametrize("shots", [1, 4, 16, 10_000])
 def test_sizes_of_shots(shots: int) -> None:
     """So many of each class over all clients together, and all where there are fewer."""
-    partition = _dealt()
+    partition = _partition()
     few = keep_shots(partition, LABELS, shots)
     there = np.bincount(LABELS[np.concatenate(partition.train)], minlength=CLASSES)
     kept = np.bincount(LABELS[np.concatenate(few.train)], minlength=CLASSES)
@@ -95,8 +95,8 @@ def test_sizes_of_shots(shots: int) -> None:
     assert few.clients == partition.clients
 
 
-def test_shots_stay_with_whom_they_were_dealt_to() -> None:
-    partition = _dealt()
+def test_shots_stay_with_their_client() -> None:
+    partition = _partition()
     before = [samples.copy() for samples in partition.train]
     few = keep_shots(partition, LABELS, 4)
     for kept, whole in zip(few.train, partition.train):
@@ -110,7 +110,7 @@ def test_shots_stay_with_whom_they_were_dealt_to() -> None:
 
 
 def test_shots_are_drawn_at_random_from_the_partition_s_seed() -> None:
-    partition = _dealt()
+    partition = _partition()
     one, again = (keep_shots(partition, LABELS, 4) for _ in range(2))
     other = keep_shots(replace(partition, seed=4), LABELS, 4)
     assert _same(one.train, again.train)
@@ -121,7 +121,7 @@ def test_shots_are_drawn_at_random_from_the_partition_s_seed() -> None:
 
 
 def test_a_class_s_shots_depend_neither_on_who_holds_them_nor_on_other_classes() -> None:
-    partition = _dealt()
+    partition = _partition()
     chosen = set(np.concatenate(keep_shots(partition, LABELS, 4).train))
     pooled = replace(partition, train=[np.sort(np.concatenate(partition.train))], test=partition.test[:1])
     assert set(keep_shots(pooled, LABELS, 4).train[0]) == chosen
@@ -139,7 +139,7 @@ def test_clients_of_no_and_of_one_sample() -> None:
 
 
 def test_written_down_and_read_back(tmp_path: Path) -> None:
-    partition = keep_shots(hold_out(replace(_dealt(), dataset="d"), 0.3), LABELS, 4)
+    partition = keep_shots(hold_out(replace(_partition(), dataset="d"), 0.3), LABELS, 4)
     save_partition(tmp_path / "p.json", partition, IDS)
     again = load_partition(tmp_path / "p.json", IDS, "d")
     for side in ("train", "test", "val"):
@@ -156,7 +156,7 @@ def test_written_down_and_read_back(tmp_path: Path) -> None:
 
 
 def test_without_validation_the_file_says_nothing_of_it(tmp_path: Path) -> None:
-    save_partition(tmp_path / "p.json", _dealt(), IDS)
+    save_partition(tmp_path / "p.json", _partition(), IDS)
     assert '"val"' not in (tmp_path / "p.json").read_text()
     assert load_partition(tmp_path / "p.json", IDS).val == []
 

@@ -145,7 +145,7 @@ def test_the_fingerprint_follows_ids_labels_and_bytes(photos: Path) -> None:
     assert len(set(seen)) == 5
 
 
-def test_the_fingerprint_tells_apart_names_and_labels() -> None:
+def test_the_fingerprint_differs_by_names_and_labels() -> None:
     source = load_source("digits")
     changed = [
         source,

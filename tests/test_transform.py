@@ -66,7 +66,7 @@ def test_a_sliver_is_refused_before_it_fills_the_memory() -> None:
     assert Transform(224, "squash", "bicubic", MEAN, STD).to_uint8(sliver).shape == (3, 224, 224)
 
 
-def test_the_key_tells_apart_what_changes_the_bytes() -> None:
+def test_the_key_depends_on_what_changes_the_bytes() -> None:
     key = Transform(32, "squash", "bicubic", MEAN, STD).key()
     assert key == Transform(32, "squash", "bicubic", STD, MEAN).key()  # mean and std come after the cache
     others = [(33, "squash", "bicubic"), (32, "shortest", "bicubic"), (32, "squash", "bilinear")]
