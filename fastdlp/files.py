@@ -54,23 +54,37 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; it is renamed to `path` when the block ends without an exception.
 
-    Missing parent folders are created. `path` must not exist.
+    Missing parent folders are created.
+
+    Args:
+        path: must not exist; a symbolic link is followed, not replaced.
+        replace: `path` may exist; it is kept until the new folder stands.
 
     Raises:
         FastdlpError: the operating system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        os.rename(temporary, path)
+        if replace and target.exists():
+            os.replace(target, old)  # os.replace cannot overwrite a folder that is not empty
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
     except OSError as error:
-        raise FastdlpError(f"cannot write {path}: {error.strerror or error}") from error
+        raise FastdlpError(f"cannot write {path}: {error.strerror or error}; name another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
@@ -100,15 +114,10 @@ def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
         raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a path is named as `atomic_path` names its files, which a killed process leaves behind."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name) is not None
-
-
 def remove_temporaries(folder: Path) -> None:
-    """Remove the partial files of killed processes in a folder and below."""
+    """Remove the files of `atomic_path` that killed processes left in a folder and below."""
     for path in folder.rglob(".*"):
-        if is_temporary(path):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name):
             path.unlink(missing_ok=True)
 
 

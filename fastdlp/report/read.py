@@ -20,7 +20,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.files import read_json
 from fastdlp.run.folder import CHECKPOINT, DAMAGED, METRICS, PARTITION, SUMMARY, RunFolder, describe
 
-_HINT = "leave this run out"
+_HINT = "leave this run out, or remove its folder and run it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Run:
         losses: [R] by name, NaN where none was computed.
         gates: fraction of gates at zero by site part, [R]; empty for a method without gates.
         gates_zero: fraction of all gates, [R].
-        exchanged: cumulative bytes, up and down, all clients, [R].
+        client_bytes: cumulative bytes of messages, up and down, int [R, C].
         seconds: of all recorded rounds; of a finished run including the preparation.
         finished: whether there is a summary; without it, the attributes below are None.
         zero_shot: accuracy before training.
@@ -64,7 +64,6 @@ class Run:
     partition: dict[str, Any]
     assignment: str
     data: str
-    weights: str
     clients: list[int]
     n: np.ndarray
     accuracy: np.ndarray
@@ -73,9 +72,10 @@ class Run:
     losses: dict[str, np.ndarray]
     gates: dict[str, np.ndarray]
     gates_zero: np.ndarray
-    exchanged: np.ndarray
+    client_bytes: np.ndarray
     seconds: float
     finished: bool
+    weights: str = ""
     zero_shot: float | None = None
     uploaded: int | None = None
     chosen: tuple[int, float] | None = None
@@ -91,6 +91,16 @@ class Run:
         """The first round with the highest accuracy on test, from 1, and that accuracy."""
         at = int(self.accuracy.argmax())
         return at + 1, float(self.accuracy[at])
+
+    @property
+    def exchanged(self) -> np.ndarray:
+        """Cumulative bytes, up and down, all clients, [R]."""
+        return self.client_bytes.sum(axis=1)
+
+    def rounds_to(self, target: float) -> int | None:
+        """The first round whose accuracy reaches `target` (a fraction); None if no round does."""
+        reached = np.flatnonzero(self.accuracy >= target)
+        return int(reached[0]) + 1 if len(reached) else None
 
     def over_clients(self, statistic: str) -> np.ndarray:
         """The "min", "max", "mean" or "std" over the clients that have test samples, [R]."""
@@ -114,43 +124,44 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
     ]
 
 
+def read_finished(path: Path) -> Run:
+    """Read the folder of a finished run. Raises FastdlpError for another one, as `read_runs`."""
+    if RunFolder(path).summary() is None:
+        raise FastdlpError(f"{path} has not ended: finish it with fastdlp train --resume {path}")
+    return _read_run(path, path.name)
+
+
 def _read_run(path: Path, name: str) -> Run:
     folder = RunFolder(path)
     config, summary = folder.config(), folder.summary()
-    rounds = folder.metrics(_parse_round, None if summary is None else summary["rounds"], _HINT)
-    if not rounds:
+    lines = folder.metrics(_parse_round, None if summary is None else summary["rounds"], _HINT)
+    if not lines:
         raise FastdlpError(f"{path} has not finished a round: wait for one, or {_HINT}")
-    first = rounds[0]
-    for number, line in enumerate(rounds, 1):
+    first = lines[0]
+    for number, line in enumerate(lines, 1):
         if _structure(line) != _structure(first):
             what = f"line {number}: its clients, losses or gates are not those of line 1"
             raise FastdlpError(f"{path / METRICS} is damaged in {what}; {_HINT}")
-    partition, assignment = _read_partition(path / PARTITION)
-    fingerprints = _read_fingerprints(path / CHECKPOINT)
     n = np.array(first["n"])
     with np.errstate(invalid="ignore"):
-        per_client = np.array([line["correct"] for line in rounds]) / n  # NaN without test samples
-    fields: dict[str, Any] = {"seconds": sum(line["seconds"] for line in rounds)}
+        per_client = np.array([line["correct"] for line in lines]) / n  # NaN without test samples
+    fields: dict[str, Any] = {"seconds": sum(line["seconds"] for line in lines)}
     if summary is not None:
         fields |= _parse_summary(path / SUMMARY, summary, len(n))
     return Run(
         name=os.fsencode(name).decode(errors="replace"),
         config=config,
-        partition=partition,
-        assignment=assignment,
-        data=fingerprints.get("data") or str(partition.get("fingerprint", "")),
-        weights=fingerprints.get("weights", ""),
         clients=first["clients"],
         n=n,
-        accuracy=np.array([line["accuracy"] for line in rounds]),
+        accuracy=np.array([line["accuracy"] for line in lines]),
         per_client=per_client,
-        validation=None if first["validation"] is None else np.array([line["validation"] for line in rounds]),
-        losses={name: np.array([line["losses"][name] for line in rounds]) for name in first["losses"]},
-        gates={part: np.array([line["gates"][part] for line in rounds]) for part in first["gates"]},
-        gates_zero=np.array([line["gates_zero"] for line in rounds]),
-        exchanged=np.cumsum([line["exchanged"] for line in rounds]),
+        validation=None if first["validation"] is None else np.array([line["validation"] for line in lines]),
+        losses={loss: np.array([line["losses"][loss] for line in lines]) for loss in first["losses"]},
+        gates={part: np.array([line["gates"][part] for line in lines]) for part in first["gates"]},
+        gates_zero=np.array([line["gates_zero"] for line in lines]),
+        client_bytes=np.cumsum([line["bytes"] for line in lines], axis=0),
         finished=summary is not None,
-        **fields,
+        **_read_partition(path / PARTITION) | _read_fingerprints(path / CHECKPOINT) | fields,
     )
 
 
@@ -169,7 +180,7 @@ def _parse_round(line: dict[str, Any]) -> dict[str, Any]:
         "losses": {name: math.nan if loss is None else _finite(loss) for name, loss in line["losses"].items()},
         "gates": {part: _fraction(zero) for part, zero in line["gates_zero_by_part"].items()},
         "gates_zero": math.nan if gates_zero is None else _fraction(gates_zero),
-        "exchanged": sum(_count(client[key]) for client in clients for key in ("bytes_sent", "bytes_received")),
+        "bytes": [_count(client["bytes_sent"]) + _count(client["bytes_received"]) for client in clients],
         "seconds": _finite(line["seconds"]),
     }
 
@@ -203,13 +214,17 @@ def _parse_classes(entry: dict[str, Any], clients: int) -> PerClass:
     return PerClass(names, correct, n)
 
 
-def _read_partition(path: Path) -> tuple[dict[str, Any], str]:
-    """A partition file without the sample ids, and a SHA-256 of client → sample ids."""
+def _read_partition(path: Path) -> dict[str, Any]:
+    """The fields of `Run` that come from the partition file."""
     document = read_json(path, "partition")
     if not isinstance(document, dict) or not isinstance(document.get("clients"), dict):
         raise FastdlpError(f"{path} is not a partition file: {_HINT}")
     assignment = json.dumps(document.pop("clients"), sort_keys=True)
-    return document, hashlib.sha256(assignment.encode()).hexdigest()
+    return {
+        "partition": document,
+        "assignment": hashlib.sha256(assignment.encode()).hexdigest(),
+        "data": str(document.get("fingerprint", "")),
+    }
 
 
 def _read_fingerprints(path: Path) -> dict[str, str]:
@@ -219,8 +234,8 @@ def _read_fingerprints(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, "numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("fastdlp", "{}"))
-        return {key: str(metadata[key]) for key in ("data", "weights") if key in metadata}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        return {key: str(metadata[key]) for key in ("data", "weights") if metadata.get(key)}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise FastdlpError(f"cannot read {path}: {error}; {_HINT}") from None
 
 

@@ -14,25 +14,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import save_partition
 from fastdlp.errors import FastdlpError
-from fastdlp.files import check_free, read_json, write_atomic
+from fastdlp.files import atomic_folder, check_free, read_json, write_atomic
 
 CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
 CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
 # What parsing a damaged record raises.
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -45,47 +41,19 @@ class RunFolder:
             raise FastdlpError(f"{path} {what}: name a folder that fastdlp train wrote")
 
     @staticmethod
-    def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a folder that no run may be written to, see `fastdlp.files.check_free`."""
-        check_free(path, CONFIG, "run", overwrite)
-
-    @staticmethod
     def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:
         """Create the folder with config and partition; it gets its name only when both are in it.
 
         Raises:
             FastdlpError: as `check_free`, or a write fails.
         """
-        RunFolder.check_free(path, overwrite)
-        named, path = path, Path(os.path.realpath(path))  # a link stays a link
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            fresh.mkdir()
-        except OSError as error:
-            raise FastdlpError(
-                f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
-            ) from None
-        old = fresh.with_name(fresh.name + ".old")
-        try:
+        check_free(path, CONFIG, "run", overwrite)
+        # A run that is still being written keeps its folder.
+        idle = RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext()
+        with idle, atomic_folder(path, replace=True) as fresh:
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
-            # A run that is still being written keeps its folder.
-            with RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext():
-                if path.exists():
-                    os.replace(path, old)  # os.replace cannot overwrite a folder that is not empty
-                try:
-                    os.replace(fresh, path)
-                except OSError:
-                    if old.exists():
-                        os.replace(old, path)
-                    raise
-        except OSError as error:
-            raise FastdlpError(f"cannot write {named}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        return RunFolder(named)
+        return RunFolder(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,7 +102,9 @@ class RunFolder:
         except OSError as error:
             raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
 
-    def metrics(self, parse: Callable[[dict[str, Any]], T], rounds: int | None, hint: str) -> list[T]:
+    def metrics(
+        self, parse: Callable[[dict[str, Any]], dict[str, Any]], rounds: int | None, hint: str
+    ) -> list[dict[str, Any]]:
         """Read metrics.jsonl without changing it.
 
         Args:

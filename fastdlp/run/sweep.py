@@ -21,14 +21,14 @@ from typing import Any
 from fastdlp.config import TrainConfig
 from fastdlp.data.registry import check_name
 from fastdlp.errors import FastdlpError
-from fastdlp.files import remove_temporaries, write_atomic
+from fastdlp.files import check_free, remove_temporaries, write_atomic
 from fastdlp.methods import make_method, resolve
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
 from fastdlp.run.folder import CHECKPOINT, PARTITION, SUMMARY, RunFolder
 from fastdlp.run.loop import Callbacks, Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, identity
 from fastdlp.run.setup import Federation, prepare_together
-from fastdlp.run.sweep_folder import SweepFolder, member_name
+from fastdlp.run.sweep_folder import FILE, SweepFolder, member_name
 
 METRICS = (  # of a member's summary, also in the sweep's
     "zero_shot",
@@ -103,7 +103,7 @@ def sweep(
     if config.out is None:
         raise FastdlpError("a sweep needs a folder: pass --out")
     path = Path(config.out)
-    SweepFolder.check_free(path, overwrite)
+    check_free(path, FILE, "sweep", overwrite)
     federations = prepare_together(list(members.values()), callbacks.preparing, notice=callbacks.notice)
     federations = [replace(f, config=replace(f.config, out=str(path / n))) for n, f in zip(members, federations)]
     folder = SweepFolder.create(path, list(members), overwrite)

@@ -61,18 +61,13 @@ class SweepFolder:
             raise FastdlpError(f"{path / FILE} is damaged: start the sweep again with --out {path} --overwrite")
 
     @staticmethod
-    def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a folder that no sweep may be written to, see `fastdlp.files.check_free`."""
-        check_free(path, FILE, "sweep", overwrite)
-
-    @staticmethod
     def create(path: Path, members: Sequence[str], overwrite: bool) -> SweepFolder:
         """Create the folder with its record; with `overwrite`, an earlier sweep is removed first.
 
         Raises:
             FastdlpError: as `check_free`; another process writes to the earlier sweep; a write fails.
         """
-        SweepFolder.check_free(path, overwrite)
+        check_free(path, FILE, "sweep", overwrite)
         if (path / FILE).is_file():
             _remove(path)
         _write(path, members, {})

@@ -22,10 +22,10 @@ from fastdlp.config import TrainConfig, differences
 from fastdlp.data.registry import check_name
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
-from fastdlp.files import remove_temporaries
+from fastdlp.files import check_free, remove_temporaries
 from fastdlp.methods import make_method, resolve
 from fastdlp.processes import refuse_several
-from fastdlp.run.folder import PARTITION, RunFolder
+from fastdlp.run.folder import CONFIG, PARTITION, RunFolder
 from fastdlp.run.loop import Callbacks, Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, restore
 from fastdlp.run.setup import prepare, prepare_together
@@ -81,7 +81,7 @@ def _train(
     with group.sync_errors():
         check_name(configs[0].dataset)
         for path in paths if group.is_rank_zero else ():
-            RunFolder.check_free(path, overwrite)
+            check_free(path, CONFIG, "run", overwrite)
     with group.sync_errors():
         prepared = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
     federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]

@@ -29,7 +29,7 @@ def write_comparison(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -
     Raises:
         FastdlpError: a damaged run, or a file that cannot be written.
     """
-    found = read_runs(plan, [config.out for config in missing])
+    found = read_runs(plan, missing)
     rows = compare(plan, found)
     picture = f"{plan.name}.png"
     curve = curve_rows(plan, found) if plan.table.kind == "curve" else None
