@@ -12,7 +12,6 @@ from rich.table import Table
 
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import AnyBranch, Tensors, tower_sites
-from fastdlp.adapters.serialization import message_bytes
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition
@@ -22,6 +21,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
 from fastdlp.report.partition import partition_figure, partition_table
 from fastdlp.run.build_task import branch_shapes
+from fastdlp.run.metrics import exchange_metrics
 
 
 def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
@@ -46,20 +46,16 @@ def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
         raise FastdlpError(
             "these adapters do not fit the memory: use a smaller --rank-local and --rank-global"
         ) from None
-    uploaded = sum(bank.layouts[name].weights for name in method.shared)
-    message = message_bytes(bank, method.shared)
+    exchanged = exchange_metrics(bank, method.shared)
     return {
         "model": config.model,
         "method": config.method,
         "encoder": config.encoder,
         "adapted_linears": sum(len(site.parts) for site in sites),
         "branches": {name: _kind(bank.branches[name]) | {"exchanged": name in method.shared} for name in bank.trained},
-        "trainable_parameters": sum(bank.parameters(name) for name in bank.trained),
-        "uploaded_parameters": uploaded,
-        "uploaded_bytes_per_client_round": message,
-        "downloaded_bytes_per_client_round": message,
-        "bytes_per_round_per_client": 2 * message,
-        "parameter_bytes_per_round_per_client": 2 * 4 * uploaded,
+        **exchanged,
+        "bytes_per_round_per_client": 2 * exchanged["uploaded_bytes_per_client_round"],
+        "parameter_bytes_per_round_per_client": 2 * 4 * exchanged["uploaded_parameters"],
         "training": {name: getattr(config, name) for name in ("lr", "optimizer", "eps", "weight_decay", "rounds")},
     }
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,6 @@ from fastdlp.report.paper.tables import TABLES, find_table
 
 if TYPE_CHECKING:
     from fastdlp.report.paper.plan import Plan
-    from fastdlp.report.paper.run import PlanCallbacks
 
 _WIDTH = 100  # columns of a comparison; a narrower terminal wraps it
 TABLE, SETTING, RUNS = "Part of the table", "Setting", "Runs"
@@ -151,9 +149,14 @@ def ledger(
 
 
 def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, partial: bool) -> list[TrainConfig]:
-    """Run what is missing, unless `no_run`; returns what is still missing, which only --partial allows."""
+    """Run what is missing, unless `no_run`; returns what is still missing, which only --partial allows.
+
+    stderr shows a progress bar of runs and has a line for each finished one.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
     from fastdlp.cli import console
-    from fastdlp.report.paper.run import Interrupted, complete, missing
+    from fastdlp.report.paper.run import Interrupted, PlanCallbacks, complete, missing
 
     configs = plan.configs()
     absent = missing(configs)
@@ -164,39 +167,25 @@ def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, pa
         )
     if no_run or not absent:
         return absent
-    with console.watching(quiet=True) as watching, _progress(len(configs), len(configs) - len(absent)) as callbacks:
-        callbacks.should_stop = watching.should_stop
-        try:
-            complete(absent, jobs, devices, callbacks)
-        except Interrupted:
-            finished = len(configs) - len(missing(configs))
-            text = f"stopped with {finished} of {len(configs)} runs finished; the same command resumes"
-            console.say(text, "yellow", console.err)
-            raise typer.Exit(130) from None
-    return []
-
-
-@contextmanager
-def _progress(total: int, finished: int) -> Iterator[PlanCallbacks]:
-    """Callbacks that show a progress bar of runs on stderr, and write a line for each finished run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from fastdlp.cli import console
-    from fastdlp.report.paper.run import PlanCallbacks
-
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as progress:
-        bar = progress.add_task("preparing", total=total, completed=finished)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with console.watching(quiet=True) as watching, console.progress(*columns) as progress:
+        bar = progress.add_task("preparing", total=len(configs), completed=len(configs) - len(absent))
 
         def status(name: str, text: str) -> None:
             progress.update(bar, description=f"{name}: {text}")
 
-        def finished_run(name: str) -> None:
+        def finished(name: str) -> None:
             progress.advance(bar)
-            console.say(f"{round(progress.tasks[0].completed)}/{total} {name}", console=console.err)
+            console.say(f"{round(progress.tasks[0].completed)}/{len(configs)} {name}", console=console.err)
 
-        yield PlanCallbacks(status, finished_run)
+        try:
+            complete(absent, jobs, devices, PlanCallbacks(status, finished, watching.should_stop))
+        except Interrupted:
+            done = len(configs) - len(missing(configs))
+            text = f"stopped with {done} of {len(configs)} runs finished; the same command resumes"
+            console.say(text, "yellow", console.err)
+            raise typer.Exit(130) from None
+    return []
 
 
 def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:

@@ -20,6 +20,15 @@ from fastdlp.errors import FastdlpError
 
 
 @contextmanager
+def os_errors(action: str, hint: str = "") -> Iterator[None]:
+    """Report an OSError in the block as a FastdlpError: cannot `action`, the reason, and what to do (`hint`)."""
+    try:
+        yield
+    except OSError as error:
+        raise FastdlpError(f"cannot {action}: {error.strerror or error}{'; ' + hint if hint else ''}") from error
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` when the block ends without an exception.
 
@@ -38,16 +47,15 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
         raise FastdlpError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a plain file'}")
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # os.open and not tempfile: the finished file gets the permissions that the user's umask gives.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FastdlpError(f"cannot write {path}: {reason}{'; ' + hint if hint else ''}") from error
+        with os_errors(f"write {path}", hint):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # os.open and not tempfile: the finished file gets the permissions that the user's umask gives.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # so that the rename cannot become durable before the content
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -70,18 +78,17 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     old = temporary.with_name(f"{temporary.name}.old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if replace and target.exists():
-            os.replace(target, old)  # os.replace cannot overwrite a folder that is not empty
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
-            raise
-    except OSError as error:
-        raise FastdlpError(f"cannot write {path}: {error.strerror or error}; name another --out") from error
+        with os_errors(f"write {path}", "name another --out"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if replace and target.exists():
+                os.replace(target, old)  # os.replace cannot overwrite a folder that is not empty
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -99,7 +106,7 @@ def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
     Raises:
         FastdlpError: names --out and what to do.
     """
-    try:
+    with os_errors(f"use {path}", "name another --out"):
         here = Path.cwd()
         if Path(os.path.realpath(path)) in (here, *here.parents):
             raise FastdlpError(f"{path} is or holds the working directory: name another --out")
@@ -110,8 +117,6 @@ def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
                 )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FastdlpError(f"{path} exists and is not a {kind} folder: name another --out")
-    except OSError as error:
-        raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -134,10 +139,10 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
     Raises:
         FastdlpError: the file is missing, unreadable or not JSON.
     """
+    with os_errors(f"read the {what} file {path}"):
+        content = Path(path).read_bytes()
     try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise FastdlpError(f"cannot read the {what} file {path}: {error.strerror or error}") from error
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise FastdlpError(f"the {what} file {path} is not JSON: {error}") from error
 
@@ -149,12 +154,6 @@ def cache_root() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "fastdlp"
     return Path("~/.cache/fastdlp").expanduser()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's content to the disk, so that the rename cannot become durable before it."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from fastdlp.config import NOT_IN_NUMBERS, OPTIONS, PARTITION_OPTIONS
 from fastdlp.errors import FastdlpError
 from fastdlp.report.read import Run
+from fastdlp.report.style import number
 
 # Accuracies can be compared between runs with equal values of these and an equal assignment of samples to clients.
 _TASK_OPTIONS = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
@@ -114,4 +115,4 @@ def _label(run: Run, firsts: Sequence[Run]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return number(value, "g" if isinstance(value, float) else "")

@@ -25,61 +25,38 @@ _HINT = "leave this run out, or remove its folder and run it again"
 
 @dataclass(frozen=True, eq=False)
 class PerClass:
-    """Test samples of the last round: class names [K], correct and n, int [clients, K]."""
+    """Test samples of the last round."""
 
-    names: list[str]
-    correct: np.ndarray
-    n: np.ndarray
+    names: list[str]  # [K]
+    correct: np.ndarray  # int [C, K]
+    n: np.ndarray  # int [C, K]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The record of a run of C clients, R rounds. Accuracies are fractions.
+    """The record of a run of C clients, R rounds. Accuracies are fractions."""
 
-    Attributes:
-        name: the folder's, or its whole path where two runs share a name.
-        config: the resolved config.
-        partition: partition.json without the sample ids.
-        assignment: SHA-256 of client → sample ids.
-        data, weights: fingerprints; "" if not recorded.
-        clients: their numbers, [C].
-        n: test samples, int [C].
-        accuracy: Σ correct / Σ n, [R].
-        per_client: [R, C], NaN for a client without test samples.
-        validation: accuracy on the validation samples, [R], or None.
-        losses: [R] by name, NaN where none was computed.
-        gates: fraction of gates at zero by site part, [R]; empty for a method without gates.
-        gates_zero: fraction of all gates, [R].
-        client_bytes: cumulative bytes of messages, up and down, int [R, C].
-        seconds: of all recorded rounds; of a finished run including the preparation.
-        finished: whether there is a summary; without it, the attributes below are None.
-        zero_shot: accuracy before training.
-        uploaded: parameters that a client uploads per round.
-        chosen: the round chosen on validation and its accuracy on test, or None.
-        per_class: None if not recorded.
-    """
-
-    name: str
-    config: TrainConfig
-    partition: dict[str, Any]
-    assignment: str
-    data: str
-    clients: list[int]
-    n: np.ndarray
-    accuracy: np.ndarray
-    per_client: np.ndarray
-    validation: np.ndarray | None
-    losses: dict[str, np.ndarray]
-    gates: dict[str, np.ndarray]
-    gates_zero: np.ndarray
-    client_bytes: np.ndarray
-    seconds: float
-    finished: bool
-    weights: str = ""
-    zero_shot: float | None = None
-    uploaded: int | None = None
-    chosen: tuple[int, float] | None = None
-    per_class: PerClass | None = None
+    name: str  # the folder's, or its whole path where two runs share a name
+    config: TrainConfig  # resolved
+    partition: dict[str, Any]  # partition.json without the sample ids
+    assignment: str  # SHA-256 of client → sample ids
+    data: str  # fingerprint; "" if not recorded
+    clients: list[int]  # their numbers, [C]
+    n: np.ndarray  # test samples, int [C]
+    accuracy: np.ndarray  # Σ correct / Σ n, [R]
+    per_client: np.ndarray  # accuracy, [R, C], NaN for a client without test samples
+    validation: np.ndarray | None  # accuracy on the validation samples, [R]
+    losses: dict[str, np.ndarray]  # [R] by name, NaN where none was computed
+    gates: dict[str, np.ndarray]  # fraction of gates at zero by site part, [R]; empty for a method without gates
+    gates_zero: np.ndarray  # fraction of all gates, [R]
+    client_bytes: np.ndarray  # cumulative bytes of messages, up and down, int [R, C]
+    seconds: float  # of all recorded rounds; of a finished run including the preparation
+    finished: bool  # whether there is a summary; without it, the fields below but `weights` are None
+    weights: str = ""  # fingerprint; "" if not recorded
+    zero_shot: float | None = None  # accuracy before training
+    uploaded: int | None = None  # parameters that a client uploads per round
+    chosen: tuple[int, float] | None = None  # the round chosen on validation and its accuracy on test
+    per_class: PerClass | None = None  # None if not recorded
 
     @property
     def rounds(self) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,13 +78,11 @@ class Line:
         return Line(PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)])
 
 
-@contextmanager
-def look() -> Iterator[None]:
+def look() -> AbstractContextManager[None]:
     """Apply the style; matplotlib's settings are restored at the end."""
     import matplotlib.style
 
-    with matplotlib.style.context(_SETTINGS, after_reset=True):
-        yield
+    return matplotlib.style.context(_SETTINGS, after_reset=True)
 
 
 def png(figure: Figure, tight: bool = False) -> bytes:
@@ -124,6 +121,11 @@ def rounds_axis(axes: Axes, rounds: int) -> None:
     axes.set_xlim(1 - min(0.6, 0.02 * rounds), rounds + 0.02 * rounds)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlabel("round")
+
+
+def number(value: float | None, spec: str) -> str:
+    """A number for a table; a dash for None."""
+    return "–" if value is None else format(value, spec)
 
 
 def pale(colour: str) -> tuple[float, ...]:

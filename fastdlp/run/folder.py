@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import save_partition
 from fastdlp.errors import FastdlpError
-from fastdlp.files import atomic_folder, check_free, read_json, write_atomic
+from fastdlp.files import atomic_folder, check_free, os_errors, read_json, write_atomic
 
 CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
 CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
@@ -69,14 +69,15 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """The resolved config of the run."""
+        path = self.path / CONFIG
+        with os_errors(f"read {path}"):
+            text = path.read_text(errors="replace")
         try:
-            config = TrainConfig.from_json((self.path / CONFIG).read_text(errors="replace"))
+            config = TrainConfig.from_json(text)
             config.check()
-            return config
         except FastdlpError as error:
-            raise FastdlpError(f"{self.path / CONFIG}: {error}") from None
-        except OSError as error:
-            raise FastdlpError(f"cannot read {self.path / CONFIG}: {error.strerror or error}") from None
+            raise FastdlpError(f"{path}: {error}") from None
+        return config
 
     def change_config(self, config: TrainConfig) -> None:
         """Replace the config of a run that gets more rounds, and remove its summary, which is outdated."""
@@ -92,16 +93,6 @@ class RunFolder:
         path = self.path / METRICS
         return path.exists() and path.stat().st_size > 0
 
-    def append_round(self, line: dict[str, Any]) -> None:
-        """Add a round to metrics.jsonl. Raises FastdlpError if the write fails."""
-        try:
-            with open(self.path / METRICS, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
-
     def metrics(
         self, parse: Callable[[dict[str, Any]], dict[str, Any]], rounds: int | None, hint: str
     ) -> list[dict[str, Any]]:
@@ -116,10 +107,8 @@ class RunFolder:
             FastdlpError: the file cannot be read, a line is damaged, or the number of lines is not `rounds`.
         """
         path = self.path / METRICS
-        try:
+        with os_errors(f"read {path}"):
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        except OSError as error:
-            raise FastdlpError(f"cannot read {path}: {error.strerror or error}") from None
         if rounds is None and lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         parsed = []
@@ -149,6 +138,14 @@ def read_summary(folder: Path, keys: set[str]) -> dict[str, Any] | None:
     if not isinstance(summary, dict) or not keys <= set(summary):
         raise FastdlpError(f"{path} is not a summary: remove it and resume with --resume {folder}")
     return summary
+
+
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a .jsonl file. Raises FastdlpError if the write fails."""
+    with os_errors(f"write {path}"), open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
-from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, truncate_lines
+from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, append_lines, truncate_lines
 from fastdlp.run.metrics import Hits, accuracy_metrics, round_line, summarize
 from fastdlp.run.setup import Federation
 from fastdlp.run.trace import Trace
@@ -80,7 +80,7 @@ class Recorder:
         if self.trace:
             self.trace.write(number)
         if self.writes:
-            self.run.append_round(line)
+            append_lines(self.run.path / METRICS, [line])
         self.lines.append(line)
         return line
 
@@ -100,7 +100,7 @@ class Recorder:
         summary: dict[str, Any] | None = None  # only rank 0 has the lines of rounds before a resume
         if self.writes:
             _save_adapters(self.run.path / ADAPTERS, self.federation)
-            summary = summarize(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
+            summary = summarize(self.federation, self.lines, hits, self.zero_shot, self.preparation)
             self.run.write_summary(summary)
         return engine.group.all_gather(summary)[0]
 

@@ -15,7 +15,6 @@ from fastdlp.data.cache import Pixels, load_pixels
 from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import load_partition, partition_of
 from fastdlp.data.registry import check_name, load_source
-from fastdlp.data.transform import Transform
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup
 from fastdlp.engine.engine import Engine
 from fastdlp.engine.schedule import Slot
@@ -61,18 +60,7 @@ def prepare(
     group: ProcessGroup | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Federation:
-    """Build a run from a config.
-
-    Args:
-        config: any config; it is resolved here.
-        progress: called with a line for each stage that takes time.
-        partition_file: read the partition from this file instead of deriving it from the config (a run's own record).
-        group: the processes that share the run; None refuses to run in several.
-        notice: called with a line about a choice that depends on the machine, now or during the first steps.
-
-    Raises:
-        FastdlpError: anything in the config that does not fit the machine, the data or the model.
-    """
+    """Build the run of one config, see `prepare_together`."""
     return prepare_together([config], progress, partition_file, group, notice)[0]
 
 
@@ -85,7 +73,15 @@ def prepare_together(
 ) -> list[Federation]:
     """Build runs that differ in learning rates, ξ, α and seed only, as federations of one engine.
 
-    Args, Raises: as `prepare`.
+    Args:
+        configs: any; they are resolved here.
+        progress: called with a line for each stage that takes time.
+        partition_file: a run's own record, in place of the partition that the config describes.
+        group: the processes that share the runs; None refuses to run in several.
+        notice: called with a line about a choice that depends on the machine, now or during the first steps.
+
+    Raises:
+        FastdlpError: anything in a config that does not fit the machine, the data or the model.
     """
     if group is None:
         refuse_several()
@@ -104,8 +100,12 @@ def prepare_together(
 
     progress(f"images of {config.dataset}")
     with group.local_rank_zero_first():
-        pixels = read_pixels(config, transform)
-    partition = read_partition(config, pixels, partition_file)
+        source = load_source(config.dataset, config.data_dir, config.download)
+        pixels = load_pixels(source, transform, on_bad=config.bad_images)
+    if partition_file is not None:
+        partition = load_partition(partition_file, pixels.ids, pixels.name)
+    else:
+        partition = partition_of(config, pixels.labels, pixels.ids, pixels.name, pixels.fingerprint)
     _check_partition(partition, config)
 
     progress("frozen features")
@@ -122,21 +122,6 @@ def prepare_together(
         Federation(c, engine, pixels, partition, fingerprint, number, built.weight_bytes)
         for number, c in enumerate(configs)
     ]
-
-
-def read_pixels(
-    config: TrainConfig, transform: Transform, progress: Callable[[int, int], None] | None = None
-) -> Pixels:
-    """The data set of a config, preprocessed or from the cache. Raises FastdlpError for data that is not there."""
-    source = load_source(config.dataset, config.data_dir, config.download)
-    return load_pixels(source, transform, on_bad=config.bad_images, progress=progress)
-
-
-def read_partition(config: TrainConfig, pixels: Pixels, record: Path | None = None) -> Partition:
-    """The partition of a config, drawn by scheme and seed or read from the file it names; or a run's recorded one."""
-    if record is not None:
-        return load_partition(record, pixels.ids, pixels.name)
-    return partition_of(config, pixels.labels, pixels.ids, pixels.name, pixels.fingerprint)
 
 
 def _check_partition(partition: Partition, config: TrainConfig) -> None:

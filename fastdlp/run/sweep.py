@@ -19,7 +19,6 @@ from statistics import mean
 from typing import Any
 
 from fastdlp.config import TrainConfig
-from fastdlp.data.registry import check_name
 from fastdlp.errors import FastdlpError
 from fastdlp.files import check_free, remove_temporaries, write_atomic
 from fastdlp.methods import make_method, resolve
@@ -99,13 +98,12 @@ def sweep(
     start_time = time.perf_counter()
     callbacks = callbacks or Callbacks()
     members = grid.configs(config)
-    check_name(config.dataset)
     if config.out is None:
         raise FastdlpError("a sweep needs a folder: pass --out")
     path = Path(config.out)
     check_free(path, FILE, "sweep", overwrite)
-    federations = prepare_together(list(members.values()), callbacks.preparing, notice=callbacks.notice)
-    federations = [replace(f, config=replace(f.config, out=str(path / n))) for n, f in zip(members, federations)]
+    configs = [replace(member, out=str(path / name)) for name, member in members.items()]
+    federations = prepare_together(configs, callbacks.preparing, notice=callbacks.notice)
     folder = SweepFolder.create(path, list(members), overwrite)
     for name, f in zip(members, federations):
         RunFolder.create(path / name, f.config, f.partition, f.pixels.ids, overwrite)

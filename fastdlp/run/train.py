@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fastdlp.config import TrainConfig, differences
-from fastdlp.data.registry import check_name
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
 from fastdlp.files import check_free, remove_temporaries
@@ -56,16 +55,8 @@ def train_together(
 ) -> list[dict[str, Any]]:
     """Run federations that differ in seed, α and learning rates only, in one engine; returns their summaries.
 
-    Each has its own folder and checkpoints and can be resumed alone.
-
-    Args:
-        configs: each with an `out` of its own.
-        overwrite: replace runs that are already there.
-        callbacks: see `Callbacks`; they receive the start of the first run and the rounds of the best.
-
-    Raises:
-        FastdlpError: invalid input, a failed write, a loss of any run that is not finite, several processes.
-        Stopped: `callbacks.should_stop` returned True.
+    Each has its own `out` and checkpoints and can be resumed alone. The callbacks receive the start of the first run
+    and the rounds of the best. Raises as `train`, and FastdlpError in several processes.
     """
     refuse_several()
     return _train(configs, overwrite, callbacks or Callbacks(), SINGLE_PROCESS)
@@ -79,12 +70,11 @@ def _train(
     callbacks = _rank_zero_only(callbacks, group)
     paths = [Path(config.out or "") for config in configs]
     with group.sync_errors():
-        check_name(configs[0].dataset)
         for path in paths if group.is_rank_zero else ():
             check_free(path, CONFIG, "run", overwrite)
     with group.sync_errors():
-        prepared = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
-    federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
+        configs = [replace(config, out=str(path)) for config, path in zip(configs, paths)]
+        federations = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
     with ExitStack() as stack:
         with group.sync_errors():
             for f, path in zip(federations, paths) if group.is_rank_zero else ():
