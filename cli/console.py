@@ -27,11 +27,10 @@ from rich.progress import (
 from rich.table import Table
 
 from fastdlp.processes import leads
-from fastdlp.report.style import number
+from fastdlp.report.text import number
 
 if TYPE_CHECKING:
-    from fastdlp.run.loop import Callbacks
-    from fastdlp.run.setup import Federation
+    from fastdlp.run.setup import Callbacks, Federation
 
 out = Console()
 err = Console(stderr=True)
@@ -68,7 +67,8 @@ def watching(quiet: bool) -> Iterator[Callbacks]:
         typer.Exit: the run was stopped. 130; 0 on the other ranks, since torchrun kills rank 0, which may still be
             writing, when another one fails.
     """
-    from fastdlp.run.loop import Callbacks, Stopped
+    from fastdlp.run.loop import Stopped
+    from fastdlp.run.setup import Callbacks
 
     columns = (
         SpinnerColumn(),

@@ -14,22 +14,18 @@ from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import AnyBranch, Tensors, tower_sites
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import partition_of
 from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
-from fastdlp.report.partition import partition_figure, partition_table
 from fastdlp.run.build_task import branch_shapes
 from fastdlp.run.metrics import exchange_metrics
 
 
 def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
-    """Parameters and bytes of a method on a model, from its configuration alone.
+    """Parameters and bytes of a method on a model, from the resolved config alone.
 
-    Args:
-        config: names the method, the model and the encoder; resolved.
-        classes: of the data; needed by methods with a classifier.
+    Raises FastdlpError where a method with a classifier needs the number of classes.
     """
     method = make_method(config)
     branches = method.branches()
@@ -95,27 +91,23 @@ def count_table(facts: dict[str, Any]) -> Table:
 
 def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, console: Console) -> None:
     """Print the client × class table of a partition, draw it, or both. Reads labels only, decodes nothing."""
+    from fastdlp.report.partition import partition_figure, partition_table
+
     source = load_source(config.dataset, config.data_dir, config.download)
     partition = partition_of(config, source.labels, source.ids, source.name)
     if picture is not None:
         partition_figure(picture, partition, source.labels, source.class_names)
     if as_json:
-        print(json.dumps(_facts(partition, source.labels, source.class_names), indent=1))
+        sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+        classes = len(source.class_names)
+        counted = {
+            name: [np.bincount(source.labels[samples], minlength=classes).tolist() for samples in side]
+            for name, side in sides.items()
+        }
+        clients = [{"client": c} | {name: rows[c] for name, rows in counted.items()} for c in range(partition.clients)]
+        facts = {"class_names": source.class_names, "empty_clients": partition.empty, "clients": clients}
+        print(json.dumps(facts, indent=1))
         return
     console.print(partition_table(partition, source.labels, source.class_names))
     if picture is not None:
         console.print(f"picture: {picture}", highlight=False)
-
-
-def _facts(partition: Partition, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Samples of each client by class."""
-    sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
-    clients = [
-        {name: np.bincount(labels[side[client]], minlength=len(class_names)).tolist() for name, side in sides.items()}
-        for client in range(partition.clients)
-    ]
-    return {
-        "class_names": class_names,
-        "empty_clients": partition.empty,
-        "clients": [{"client": number} | counted for number, counted in enumerate(clients)],
-    }

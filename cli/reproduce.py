@@ -134,14 +134,14 @@ def ledger(
 
     check_target(target)
     record = read_finished(run)
-    rounds, reached = record.rounds, ""
-    if target is not None:
+    rounds = record.rounds if target is None else record.rounds_to(target)
+    goal = "" if target is None else f"{target:g}"
+    if rounds is None:
         number, best = record.best
-        if best < target:
-            console.say(f"{run} does not reach {target:g}: its best round is {number} with {best:.4f}")
-            return
-        rounds, reached = record.rounds_to(target) or number, f" to an accuracy of {target:g}"
+        console.say(f"{run} does not reach {goal}: its best round is {number} with {best:.4f}")
+        return
     mb, size = message_sizes(record, rounds)
+    reached = f" to an accuracy of {goal}" if goal else ""
     console.say(
         f"{rounds} round{'s' * (rounds > 1)}{reached}, {record.uploaded:,} parameters per direction: {mb:.2f} MB as "
         f"the paper counts, {size:,} bytes of messages, of one client, up and down"

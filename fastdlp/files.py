@@ -65,11 +65,8 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; it is renamed to `path` when the block ends without an exception.
 
-    Missing parent folders are created.
-
-    Args:
-        path: must not exist; a symbolic link is followed, not replaced.
-        replace: `path` may exist; it is kept until the new folder stands.
+    Missing parent folders are created, and a symbolic link is followed. `path` must not exist, unless it is to be
+    replaced; it is then kept until the new folder stands.
 
     Raises:
         FastdlpError: the operating system refuses.
@@ -97,11 +94,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
     """Refuse a folder that must not be written or replaced. Cheap, so that it runs before a long preparation.
 
-    Args:
-        path: must be new, empty, or written by an earlier command of the same kind.
-        marker: the file that a folder of this kind holds.
-        kind: "run" or "sweep", for messages.
-        overwrite: whether an earlier folder of this kind may be replaced.
+    It must be new or empty, or with `overwrite` one of the same kind ("run" or "sweep"), which holds the file `marker`.
 
     Raises:
         FastdlpError: names --out and what to do.

@@ -10,7 +10,8 @@ from typing import Any
 from fastdlp.config import NOT_IN_NUMBERS, OPTIONS, PARTITION_OPTIONS
 from fastdlp.errors import FastdlpError
 from fastdlp.report.read import Run
-from fastdlp.report.style import number
+from fastdlp.report.style import DASHES, PALETTE
+from fastdlp.report.text import number
 
 # Accuracies can be compared between runs with equal values of these and an equal assignment of samples to clients.
 _TASK_OPTIONS = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
@@ -24,10 +25,12 @@ _MAX_LABEL = 60
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Runs that differ in their seed only: one curve in a picture."""
+    """Runs that differ in their seed only: one curve in every picture."""
 
     label: str
     runs: list[Run]
+    colour: str
+    dash: Any
 
     def name(self, run: Run) -> str:
         """The label of one of the runs."""
@@ -53,11 +56,12 @@ def group_seeds(runs: Sequence[Run]) -> list[Series]:
     for run in runs:
         groups.setdefault(repr((run.finished, _experiment(run))), []).append(run)
     firsts = [group[0] for group in groups.values()]
-    any_finished = any(run.finished for run in runs)
-    return [
-        Series(_label(group[0], firsts) + (" · unfinished" if any_finished and not group[0].finished else ""), group)
-        for group in groups.values()
-    ]
+    series = []
+    for index, group in enumerate(groups.values()):
+        unfinished = not group[0].finished and any(run.finished for run in runs)
+        label = _label(group[0], firsts) + (" · unfinished" if unfinished else "")
+        series.append(Series(label, group, PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)]))
+    return series
 
 
 def differing_options(series: Sequence[Series]) -> list[tuple[str, list[str]]]:

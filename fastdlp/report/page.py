@@ -11,9 +11,9 @@ import numpy as np
 
 from fastdlp.report.compare import Series, differing_options
 from fastdlp.report.curves import MIB, zero_shot_levels
-from fastdlp.report.partition import scheme_text
 from fastdlp.report.read import Run
-from fastdlp.report.style import DPI, FAINT, GRID, INK, Line, number
+from fastdlp.report.style import DPI, FAINT, GRID, INK
+from fastdlp.report.text import number, scheme_text
 
 _STYLE = f"""
 :root {{ color-scheme: light; }}
@@ -131,8 +131,8 @@ def _runs_table(series: Sequence[Series], runs: Sequence[Run]) -> str:
     if all(run.validation is None for run in runs):
         del columns["chosen on validation (round)"]
     rows = [
-        (_swatch(index) + escape(run.name), [text(run) for text in columns.values()])
-        for index, one in enumerate(series)
+        (_swatch(one) + escape(run.name), [text(run) for text in columns.values()])
+        for one in series
         for run in one.runs
     ]
     return _table(["run", *columns], rows)
@@ -140,7 +140,7 @@ def _runs_table(series: Sequence[Series], runs: Sequence[Run]) -> str:
 
 def _seeds_table(series: Sequence[Series]) -> str:
     """Mean ± standard deviation over seeds, where a series has several."""
-    several = [(index, one) for index, one in enumerate(series) if len(one.runs) > 1]
+    several = [one for one in series if len(one.runs) > 1]
     if not several:
         return ""
     columns: dict[str, Callable[[Run], float | None]] = {
@@ -150,13 +150,13 @@ def _seeds_table(series: Sequence[Series]) -> str:
         "mean of clients": lambda run: run.over_clients("mean")[-1],
         "lowest client": lambda run: run.over_clients("min")[-1],
     }
-    if not any(run.chosen for _, one in several for run in one.runs):
+    if not any(run.chosen for one in several for run in one.runs):
         del columns["chosen on validation"]
     rows = []
-    for index, one in several:
+    for one in several:
         seeds = ", ".join(str(run.config.seed) for run in one.runs)
         cells = [_over_seeds([column(run) for run in one.runs]) for column in columns.values()]
-        rows.append((_swatch(index) + escape(one.label), [seeds, *cells]))
+        rows.append((_swatch(one) + escape(one.label), [seeds, *cells]))
     return (
         _table(["mean ± std over seeds", "seeds", *columns], rows)
         + '<p class="note">std over seeds: population standard deviation.</p>'
@@ -194,13 +194,12 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     return f'<div class="wide"><table>\n<thead>{top}</thead>\n<tbody>\n{joined}\n</tbody></table></div>'
 
 
-def _swatch(index: int) -> str:
+def _swatch(series: Series) -> str:
     """The line of a series in the pictures, as SVG."""
-    line = Line.of(index)
-    dashes = "" if line.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in line.dash[1])}"'
+    dashes = "" if series.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in series.dash[1])}"'
     return (
         '<svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="3" '
-        f'stroke="{line.colour}"{dashes}/></svg>'
+        f'stroke="{series.colour}"{dashes}/></svg>'
     )
 
 

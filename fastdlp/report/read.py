@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
-from fastdlp.files import read_json
-from fastdlp.run.folder import CHECKPOINT, DAMAGED, METRICS, PARTITION, SUMMARY, RunFolder, describe
+from fastdlp.files import os_errors, read_json
+from fastdlp.run.folder import CHECKPOINT, METRICS, PARTITION, SUMMARY, RunFolder
 
 _HINT = "leave this run out, or remove its folder and run it again"
 
@@ -111,14 +112,10 @@ def read_finished(path: Path) -> Run:
 def _read_run(path: Path, name: str) -> Run:
     folder = RunFolder(path)
     config, summary = folder.config(), folder.summary()
-    lines = folder.metrics(_parse_round, None if summary is None else summary["rounds"], _HINT)
+    lines = _read_rounds(path / METRICS, None if summary is None else summary["rounds"])
     if not lines:
         raise FastdlpError(f"{path} has not finished a round: wait for one, or {_HINT}")
     first = lines[0]
-    for number, line in enumerate(lines, 1):
-        if _structure(line) != _structure(first):
-            what = f"line {number}: its clients, losses or gates are not those of line 1"
-            raise FastdlpError(f"{path / METRICS} is damaged in {what}; {_HINT}")
     n = np.array(first["n"])
     with np.errstate(invalid="ignore"):
         per_client = np.array([line["correct"] for line in lines]) / n  # NaN without test samples
@@ -142,8 +139,38 @@ def _read_run(path: Path, name: str) -> Run:
     )
 
 
+@contextmanager
+def _refusing_damage(where: str) -> Iterator[None]:
+    """Raise FastdlpError for what parsing a damaged record raises."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise FastdlpError(f"{where}: {reason}; {_HINT}") from None
+
+
+def _read_rounds(path: Path, rounds: int | None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; `rounds` of a finished run, None where the last line may be incomplete."""
+    with os_errors(f"read {path}"):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if rounds is None and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    parsed: list[dict[str, Any]] = []
+    for number, raw in enumerate(lines, 1):
+        with _refusing_damage(f"{path} is damaged in line {number}"):
+            line = json.loads(raw)
+            if line["round"] != number:
+                raise ValueError(f"it is of round {line['round']!r}")
+            parsed.append(_parse_round(line))
+            if _structure(parsed[-1]) != _structure(parsed[0]):
+                raise ValueError("its clients, losses or gates are not those of line 1")
+    if rounds is not None and len(parsed) != rounds:
+        raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {_HINT}")
+    return parsed
+
+
 def _parse_round(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl, checked. Raises one of `DAMAGED`."""
+    """A line of metrics.jsonl, checked."""
     clients, validation, gates_zero = line["clients"], line.get("accuracy_val"), line["gates_zero_share"]
     correct, n = ([_count(client[key]) for client in clients] for key in ("correct", "n"))
     if not sum(n) or any(c > total for c, total in zip(correct, n)):
@@ -169,7 +196,7 @@ def _structure(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def _parse_summary(path: Path, summary: dict[str, Any], clients: int) -> dict[str, Any]:
     """The fields of `Run` that come from the summary."""
-    try:
+    with _refusing_damage(f"{path} is damaged"):
         number, accuracy = summary.get("round_chosen"), summary.get("accuracy_chosen")
         return {
             "seconds": _finite(summary["seconds_total"]),
@@ -178,12 +205,9 @@ def _parse_summary(path: Path, summary: dict[str, Any], clients: int) -> dict[st
             "chosen": None if number is None else (_count(number), _fraction(accuracy)),
             "per_class": _parse_classes(summary["per_class"], clients) if summary.get("per_class") else None,
         }
-    except DAMAGED as error:
-        raise FastdlpError(f"{path} is damaged: {describe(error)}; {_HINT}") from None
 
 
 def _parse_classes(entry: dict[str, Any], clients: int) -> PerClass:
-    """Raises one of `DAMAGED`."""
     names = [str(name) for name in entry["class_names"]]
     correct, n = (np.array([[_count(value) for value in row] for row in entry[key]], int) for key in ("correct", "n"))
     if not correct.shape == n.shape == (clients, len(names)) or (correct > n).any():

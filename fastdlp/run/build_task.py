@@ -168,12 +168,7 @@ def branch_shapes(
 ) -> dict[str, Shapes]:
     """Shapes of the tensors of every branch that is not a LoRA.
 
-    Args:
-        branches: of a method.
-        encoder: "image", "text" or "both".
-        parameters: all of the model's, by name.
-        embed: d of the joint space.
-        classes: K of the data.
+    `parameters` are the shapes of all of the model's, `embed` is d of the joint space.
     """
     found: dict[str, Shapes] = {}
     for branch in branches:

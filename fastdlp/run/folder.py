@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from fastdlp.files import atomic_folder, check_free, os_errors, read_json, write
 
 CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
 CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
-# What parsing a damaged record raises.
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class RunFolder:
@@ -88,42 +86,6 @@ class RunFolder:
         """The summary, or None while the run has not ended. Raises FastdlpError for a damaged one."""
         return read_summary(self.path, {"rounds"})
 
-    def started(self) -> bool:
-        """Whether a round is recorded."""
-        path = self.path / METRICS
-        return path.exists() and path.stat().st_size > 0
-
-    def metrics(
-        self, parse: Callable[[dict[str, Any]], dict[str, Any]], rounds: int | None, hint: str
-    ) -> list[dict[str, Any]]:
-        """Read metrics.jsonl without changing it.
-
-        Args:
-            parse: applied to every line, whose round number is checked; raises one of `DAMAGED` for an invalid line.
-            rounds: of a finished run; None for an unfinished one, whose last line may be incomplete.
-            hint: what to do about a damaged file, for the message.
-
-        Raises:
-            FastdlpError: the file cannot be read, a line is damaged, or the number of lines is not `rounds`.
-        """
-        path = self.path / METRICS
-        with os_errors(f"read {path}"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if rounds is None and lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        parsed = []
-        for number, raw in enumerate(lines, 1):
-            try:
-                line = json.loads(raw)
-                if line["round"] != number:
-                    raise ValueError(f"it is of round {line['round']!r}")
-                parsed.append(parse(line))
-            except DAMAGED as error:
-                raise FastdlpError(f"{path} is damaged in line {number}: {describe(error)}; {hint}") from None
-        if rounds is not None and len(parsed) != rounds:
-            raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {hint}")
-        return parsed
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
         write_atomic(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -151,16 +113,8 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list[dict[str, Any]]:
     """Remove from a .jsonl file everything from the first line that is incomplete or later than round `finished`.
 
-    Args:
-        path: the file, which may be missing.
-        finished: the last round to keep.
-        every_round: the file must hold exactly one line for each of the rounds 1 to `finished`.
-
-    Returns:
-        The lines that stay.
-
-    Raises:
-        FastdlpError: a line is missing; the file is left unchanged.
+    Returns the lines that stay. The file may be missing. With `every_round` it must hold exactly one line for each of
+    the rounds 1 to `finished`; otherwise it is left unchanged and FastdlpError raised.
     """
     lines: list[dict[str, Any]] = []
     data = path.read_bytes() if path.exists() else b""
@@ -179,8 +133,3 @@ def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list
     if size < len(data):
         write_atomic(path, data[:size])
     return lines
-
-
-def describe(error: BaseException) -> str:
-    """One of `DAMAGED` as part of a message."""
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -28,13 +28,7 @@ SERVER_FILE = "server.safetensors"
 
 
 class Recorder:
-    """Writes the folder of one run.
-
-    Args:
-        run: the folder.
-        federation: the run; its engine may hold other runs as well.
-        finished: completed rounds.
-    """
+    """Writes the folder of one run with `finished` completed rounds, whose engine may hold other runs as well."""
 
     def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
         self.run, self.federation = run, federation
@@ -120,7 +114,8 @@ def restore(run: RunFolder, federation: Federation) -> int:
     """
     path = run.path / CHECKPOINT
     if not path.exists():
-        if run.started():
+        metrics = run.path / METRICS
+        if metrics.exists() and metrics.stat().st_size:
             raise FastdlpError(
                 f"{path} is missing (a sweep's member that diverged has none): put it back, or start again with "
                 "--overwrite"

@@ -25,9 +25,9 @@ from fastdlp.files import check_free, remove_temporaries
 from fastdlp.methods import make_method, resolve
 from fastdlp.processes import refuse_several
 from fastdlp.run.folder import CONFIG, PARTITION, RunFolder
-from fastdlp.run.loop import Callbacks, Stopped, run_rounds
+from fastdlp.run.loop import Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, restore
-from fastdlp.run.setup import prepare, prepare_together
+from fastdlp.run.setup import Callbacks, prepare, prepare_together
 
 __all__ = ["Callbacks", "Stopped", "batched_by_seed", "resume", "train", "train_together"]
 
@@ -74,7 +74,7 @@ def _train(
             check_free(path, CONFIG, "run", overwrite)
     with group.sync_errors():
         configs = [replace(config, out=str(path)) for config, path in zip(configs, paths)]
-        federations = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
+        federations = prepare_together(configs, callbacks, group=group)
     with ExitStack() as stack:
         with group.sync_errors():
             for f, path in zip(federations, paths) if group.is_rank_zero else ():
@@ -135,7 +135,7 @@ def _resume(
         summary = run.summary()
         if summary is not None and summary["rounds"] == requested.rounds:
             return summary
-        federation = prepare(requested, callbacks.preparing, run.path / PARTITION, group, callbacks.notice)
+        federation = prepare(requested, callbacks, run.path / PARTITION, group)
         finished = restore(run, federation)
         if finished > (requested.rounds or 0):
             raise FastdlpError(

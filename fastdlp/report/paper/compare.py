@@ -7,6 +7,7 @@ difference between results of different data or targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -39,13 +40,12 @@ def compare(plan: Plan, found: Found) -> list[Row]:
     datasets = plan.datasets + (DATASETS if plan.smoke and kind != "curve" else ())
     average = kind == "accuracy" and set(DATASETS) <= set(datasets)
     rows: list[Row] = []
-    for encoder in plan.encoders:
-        for beta in plan.betas:
-            cells = [Cell(encoder, beta, method, dataset) for dataset in datasets for method in plan.methods]
-            part = [_ROWS[kind](plan, cell, found.get(cell, [])) for cell in cells]
-            if average:
-                part += [_average(plan, Cell(encoder, beta, method, AVERAGE), part) for method in plan.methods]
-            rows += part
+    for encoder, beta in product(plan.encoders, plan.betas):
+        cells = [Cell(encoder, beta, method, dataset) for dataset in datasets for method in plan.methods]
+        part = [_ROWS[kind](plan, cell, found.get(cell, [])) for cell in cells]
+        if average:
+            part += [_average(plan, Cell(encoder, beta, method, AVERAGE), part) for method in plan.methods]
+        rows += part
     return rows
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,13 +52,8 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """The table's entries, in order."""
-        return [
-            Cell(encoder, beta, method, dataset)
-            for encoder in self.encoders
-            for beta in self.betas
-            for dataset in self.datasets
-            for method in self.methods
-        ]
+        cells = product(self.encoders, self.betas, self.datasets, self.methods)
+        return [Cell(encoder, beta, method, dataset) for encoder, beta, dataset, method in cells]
 
     def config(self, cell: Cell, seed: int) -> TrainConfig:
         """The config of one run, with its folder."""
@@ -66,10 +62,7 @@ class Plan:
         if partition_seed:
             name += f"-partition{partition_seed}"
         return TrainConfig(
-            method=cell.method,
-            encoder=cell.encoder,  # type: ignore[arg-type]
-            dataset=cell.dataset,
-            beta=cell.beta,
+            **asdict(cell),
             seed=seed,
             partition_seed=partition_seed,
             lr=self.lr.get(cell.method),

@@ -53,17 +53,13 @@ def complete(configs: Sequence[TrainConfig], jobs: int, devices: Sequence[str], 
     When a run fails, the others stop after their current round.
 
     Args:
-        configs: with `out`.
         jobs: concurrent runs; if more than one, each is a process, and they share this machine's threads.
         devices: the runs are distributed over them; empty: each config's own.
-        callbacks: see `PlanCallbacks`.
 
     Raises:
         FastdlpError: bad input; names the run.
         Interrupted: `callbacks.should_stop` returned True.
     """
-    for config in configs:
-        resolve(config)
     if jobs == 1:
         _run_here([replace(c, device=devices[0]) if devices else c for c in configs], callbacks)
     else:

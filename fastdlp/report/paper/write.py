@@ -7,7 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from fastdlp.config import TrainConfig
 from fastdlp.files import write_atomic
@@ -15,10 +17,7 @@ from fastdlp.methods import resolve
 from fastdlp.report.paper.compare import ROUNDS, Row, compare, curve_rows, read_runs
 from fastdlp.report.paper.plan import PAPER_MODEL, PAPER_ROUNDS, Plan
 from fastdlp.report.paper.plot import draw_bars, draw_curves
-from fastdlp.report.style import number
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fastdlp.report.text import number
 
 Column = tuple[str, Callable[[Row], str]]
 
@@ -94,9 +93,6 @@ def notes(plan: Plan, missing: Sequence[TrainConfig]) -> list[str]:
 
 def rich_table(plan: Plan, heading: str, rows: Sequence[Row], missing: Sequence[TrainConfig]) -> Table:
     """One section for the terminal; headings wrap between words, cells do not."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("data set", no_wrap=True)
     table.add_column("method", no_wrap=True)
