@@ -18,6 +18,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -26,10 +27,10 @@ from rich.progress import (
 from rich.table import Table
 
 from fastdlp.processes import leads
+from fastdlp.report.text import number
 
 if TYPE_CHECKING:
-    from fastdlp.run.loop import Callbacks
-    from fastdlp.run.setup import Federation
+    from fastdlp.run.setup import Callbacks, Federation
 
 out = Console()
 err = Console(stderr=True)
@@ -51,6 +52,11 @@ def telling(text: str) -> Iterator[Callable[[str], None]]:
     yield lambda text: print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
+def progress(*columns: ProgressColumn) -> Progress:
+    """Progress bars on stderr, which are removed at the end; none where stderr is no terminal."""
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
 @contextmanager
 def watching(quiet: bool) -> Iterator[Callbacks]:
     """Callbacks that show progress and turn the first Ctrl-C into a stop after the running round.
@@ -61,7 +67,8 @@ def watching(quiet: bool) -> Iterator[Callbacks]:
         typer.Exit: the run was stopped. 130; 0 on the other ranks, since torchrun kills rank 0, which may still be
             writing, when another one fails.
     """
-    from fastdlp.run.loop import Callbacks, Stopped
+    from fastdlp.run.loop import Stopped
+    from fastdlp.run.setup import Callbacks
 
     columns = (
         SpinnerColumn(),
@@ -78,8 +85,8 @@ def watching(quiet: bool) -> Iterator[Callbacks]:
             if quiet or not leads():
                 yield callbacks
                 return
-            with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-                _show_progress(callbacks, progress)
+            with progress(*columns) as bars:
+                _show_progress(callbacks, bars)
                 yield callbacks
     except Stopped as stopped:
         if leads():
@@ -175,7 +182,7 @@ def print_sweep(summary: dict[str, Any], path: str | Path) -> None:
     table = _table(title, columns)
     metrics = ("accuracy_last", "accuracy_best_test", "accuracy_chosen", "accuracy_val_chosen", "clients_lowest")
     for setting in summary["settings"]:
-        cells = ["–" if setting[name] is None else f"{setting[name]:.4f}" for name in metrics]
+        cells = [number(setting[name], ".4f") for name in metrics]
         style = "bold" if picked is not None and setting == picked else None
         table.add_row(f"{setting['lr']:g}", f"{setting['alpha']:g}", *cells, style=style)
     out.print(table)
@@ -194,9 +201,9 @@ def client_table(clients: list[dict[str, Any]], title: str) -> Table:
     table = _table(title, ("client", "train", "test", "correct", "accuracy"))
     lowest = min((c["accuracy"] for c in clients if c["accuracy"] is not None), default=None)
     for c in clients:
-        accuracy = "–" if c["accuracy"] is None else f"{c['accuracy']:.3f}"
         style = "red" if c["accuracy"] is not None and c["accuracy"] == lowest else None
-        table.add_row(str(c["client"]), str(c["n_train"]), str(c["n_test"]), str(c["correct"]), accuracy, style=style)
+        counts = [str(c[name]) for name in ("client", "n_train", "n_test", "correct")]
+        table.add_row(*counts, number(c["accuracy"], ".3f"), style=style)
     return table
 
 

@@ -12,24 +12,20 @@ from rich.table import Table
 
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import AnyBranch, Tensors, tower_sites
-from fastdlp.adapters.serialization import message_bytes
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
-from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import partition_of
 from fastdlp.data.registry import load_source
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method
-from fastdlp.report.partition import partition_figure, partition_table
 from fastdlp.run.build_task import branch_shapes
+from fastdlp.run.metrics import exchange_metrics
 
 
 def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
-    """Parameters and bytes of a method on a model, from its configuration alone.
+    """Parameters and bytes of a method on a model, from the resolved config alone.
 
-    Args:
-        config: names the method, the model and the encoder; resolved.
-        classes: of the data; needed by methods with a classifier.
+    Raises FastdlpError where a method with a classifier needs the number of classes.
     """
     method = make_method(config)
     branches = method.branches()
@@ -46,20 +42,16 @@ def count(config: TrainConfig, classes: int | None = None) -> dict[str, Any]:
         raise FastdlpError(
             "these adapters do not fit the memory: use a smaller --rank-local and --rank-global"
         ) from None
-    uploaded = sum(bank.layouts[name].weights for name in method.shared)
-    message = message_bytes(bank, method.shared)
+    exchanged = exchange_metrics(bank, method.shared)
     return {
         "model": config.model,
         "method": config.method,
         "encoder": config.encoder,
         "adapted_linears": sum(len(site.parts) for site in sites),
         "branches": {name: _kind(bank.branches[name]) | {"exchanged": name in method.shared} for name in bank.trained},
-        "trainable_parameters": sum(bank.parameters(name) for name in bank.trained),
-        "uploaded_parameters": uploaded,
-        "uploaded_bytes_per_client_round": message,
-        "downloaded_bytes_per_client_round": message,
-        "bytes_per_round_per_client": 2 * message,
-        "parameter_bytes_per_round_per_client": 2 * 4 * uploaded,
+        **exchanged,
+        "bytes_per_round_per_client": 2 * exchanged["uploaded_bytes_per_client_round"],
+        "parameter_bytes_per_round_per_client": 2 * 4 * exchanged["uploaded_parameters"],
         "training": {name: getattr(config, name) for name in ("lr", "optimizer", "eps", "weight_decay", "rounds")},
     }
 
@@ -99,27 +91,23 @@ def count_table(facts: dict[str, Any]) -> Table:
 
 def show_partition(config: TrainConfig, picture: Path | None, as_json: bool, console: Console) -> None:
     """Print the client × class table of a partition, draw it, or both. Reads labels only, decodes nothing."""
+    from fastdlp.report.partition import partition_figure, partition_table
+
     source = load_source(config.dataset, config.data_dir, config.download)
     partition = partition_of(config, source.labels, source.ids, source.name)
     if picture is not None:
         partition_figure(picture, partition, source.labels, source.class_names)
     if as_json:
-        print(json.dumps(_facts(partition, source.labels, source.class_names), indent=1))
+        sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+        classes = len(source.class_names)
+        counted = {
+            name: [np.bincount(source.labels[samples], minlength=classes).tolist() for samples in side]
+            for name, side in sides.items()
+        }
+        clients = [{"client": c} | {name: rows[c] for name, rows in counted.items()} for c in range(partition.clients)]
+        facts = {"class_names": source.class_names, "empty_clients": partition.empty, "clients": clients}
+        print(json.dumps(facts, indent=1))
         return
     console.print(partition_table(partition, source.labels, source.class_names))
     if picture is not None:
         console.print(f"picture: {picture}", highlight=False)
-
-
-def _facts(partition: Partition, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Samples of each client by class."""
-    sides = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
-    clients = [
-        {name: np.bincount(labels[side[client]], minlength=len(class_names)).tolist() for name, side in sides.items()}
-        for client in range(partition.clients)
-    ]
-    return {
-        "class_names": class_names,
-        "empty_clients": partition.empty,
-        "clients": [{"client": number} | counted for number, counted in enumerate(clients)],
-    }

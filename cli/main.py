@@ -11,11 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from fastdlp.cli.bench import bench_app
-from fastdlp.cli.export import export
-from fastdlp.cli.options import RECORD, Json, Quiet, SummaryJson, check_options, config_options
-from fastdlp.cli.report import report
+from fastdlp.cli.options import Json, Quiet, SummaryJson, check_options, config_options, record_option
 from fastdlp.cli.reproduce import app as reproduce_app
-from fastdlp.cli.sweep import sweep
 from fastdlp.config import PARTITION_OPTIONS, TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
@@ -32,6 +29,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(no_args_is_help=True, help="Show data sets and their partitions.")
 
+GRID = ("lr", "alpha", "seed")
 RANK_0_SECONDS = 10.0  # that torchrun's other processes leave rank 0 to report an error
 
 TRAIN_HELP = """Train a federation: every client adapts one frozen CLIP, all of them in one batch.
@@ -56,12 +54,9 @@ def _before_every_command(context: typer.Context) -> None:
 def train(
     given: dict[str, Any],
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.", rich_help_panel=RECORD),
+        Path | None, record_option("--resume", metavar="RUN", help="Go on with the run in this folder.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=RECORD)
-    ] = False,
+    overwrite: Annotated[bool, record_option("--overwrite", help="Replace the run in --out.")] = False,
     quiet: Quiet = False,
     as_json: SummaryJson = False,
 ) -> None:
@@ -121,10 +116,114 @@ def evaluate(
         console.say("an adapter that was trained on another partition may have seen these test samples", "yellow")
 
 
-app.command("sweep")(sweep)
-app.command()(report)
-app.add_typer(reproduce_app, name="reproduce")
-app.command()(export)
+@app.command()
+@config_options(several=GRID, changed={"out": {"help": "Folder of the sweep; needed."}})
+def sweep(
+    given: dict[str, Any],
+    resume: Annotated[Path | None, record_option("--resume", metavar="SWEEP", help="Go on with this sweep.")] = None,
+    overwrite: Annotated[bool, record_option("--overwrite", help="Replace the sweep in --out.")] = False,
+    quiet: Quiet = False,
+    as_json: SummaryJson = False,
+) -> None:
+    """Train every learning rate with every α and every seed at once, as slots of one bank.
+
+    Each member leaves a run folder of its own in --out. With --val-fraction the best setting is picked on validation.
+    """
+    if resume is not None and (given or overwrite):
+        raise FastdlpError("--resume takes its options from the sweep: leave out all others")
+    grid = {name: given.pop(name) for name in GRID if name in given}
+    if resume is None:
+        check_options(given | {name: values[0] for name, values in grid.items()})  # before torch is loaded
+        if "out" not in given:
+            raise FastdlpError("a sweep needs a folder: pass --out")
+    from fastdlp.cli import console
+    from fastdlp.run import sweep as sweeping
+
+    with console.watching(quiet or as_json) as callbacks:
+        if resume is not None:
+            summary = sweeping.resume_sweep(resume, callbacks)
+        else:
+            config = TrainConfig(**given)
+            first = resolve(config)
+            values = {name: tuple(grid.get(name, [getattr(first, name)])) for name in GRID}
+            summary = sweeping.sweep(config, sweeping.Grid(**values), overwrite, callbacks)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    elif not quiet:
+        console.print_sweep(summary, resume or given["out"])
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not, or sweeps.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for index.html and its PNGs; new or empty.")
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write to --out even if it is not empty; other files in it stay.")
+    ] = False,
+) -> None:
+    """Compare runs: a self-contained HTML page and its pictures.
+
+    Runs that differ only in --seed are one curve with its seeds. All must have the same data set, model and partition,
+    so that their accuracies can be compared.
+    """
+    from fastdlp.report.write import write_report
+
+    runs = [run for path in runs for run in _members(path)]
+    page, *pictures = write_report(runs, out, overwrite)
+    print(f"{page}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {len(pictures)} pictures")
+
+
+def _members(path: Path) -> list[Path]:
+    """The run itself; for a sweep, the members that have not diverged."""
+    from fastdlp.run.sweep_folder import FILE, SweepFolder
+
+    if not (path / FILE).is_file():
+        return [path]
+    sweep = SweepFolder(path)
+    return [path / name for name in sweep.members if name not in sweep.failed]
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="peft: an adapter that PEFT loads onto transformers' CLIPModel. open_clip: the whole model, the "
+            "adapter added to its weights. safetensors: one file with a documented layout.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Must be free. A folder for peft, a .safetensors file for safetensors, either for open_clip.",
+        ),
+    ],
+    client: Annotated[int | None, typer.Option("--client", help="This client's personal model.")] = None,
+    server: Annotated[bool, typer.Option("--global", help="The server's adapter.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained adapter for PEFT, open_clip or any program that reads safetensors.
+
+    Gates are folded into B, and adapters that one forward adds are written as one of their summed rank.
+    """
+    if (client is None) != server:
+        raise FastdlpError("name one of --client N and --global")
+    from fastdlp.cli import console
+    from fastdlp.export.api import export_adapter
+
+    facts = export_adapter(run, out, format_, client)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    exported = ("the global adapter" if facts["rank"] else "the server's weights") if server else f"client {client}"
+    rank = f", rank {facts['rank']}, lora_alpha {facts['lora_alpha']:g}" if facts["rank"] else ""
+    console.say(f"{out}: {exported} of {run} ({facts['method']}, {facts['encoder']} tower{rank})")
+    console.say(f"load it: {facts['load']}")
 
 
 @app.command()
@@ -165,6 +264,7 @@ def show(
     inspect.show_partition(TrainConfig(**given).resolved(), picture, as_json, console.out)
 
 
+app.add_typer(reproduce_app, name="reproduce")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 

@@ -17,13 +17,15 @@ from fastdlp.data.registry import DATASETS
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import make_method, resolve
 
-RECORD = OPTIONS["out"].group
+
+def record_option(*flags: str, help: str, metavar: str | None = None) -> Any:
+    """An option of train and sweep beside those of `TrainConfig`."""
+    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=OPTIONS["out"].group)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-# Of train and sweep.
-SummaryJson = Annotated[
-    bool, typer.Option("--json", help="Print the summary as JSON on stdout.", rich_help_panel=RECORD)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.", rich_help_panel=RECORD)]
+SummaryJson = Annotated[bool, record_option("--json", help="Print the summary as JSON on stdout.")]
+Quiet = Annotated[bool, record_option("--quiet", "-q", help="Show nothing but errors.")]
 Command = Callable[..., None]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +16,28 @@ from fastdlp.report.paper.tables import TABLES, find_table
 
 if TYPE_CHECKING:
     from fastdlp.report.paper.plan import Plan
-    from fastdlp.report.paper.run import PlanCallbacks
 
 _WIDTH = 100  # columns of a comparison; a narrower terminal wraps it
-_OF_TRAIN = ("rounds", "protocol", "precision", "data_dir", "download")  # options as in fastdlp train
 TABLE, SETTING, RUNS = "Part of the table", "Setting", "Runs"
+
+
+def _panel(panel: str, text: str, default: str) -> dict[str, str]:
+    return {"rich_help_panel": panel, "help": text, "show_default": default}
+
+
+# Options of `TrainConfig`: those that choose a part of the table, may be repeated; the last five are as in train.
+_PARTS = {
+    "dataset": _panel(TABLE, "pets, flowers, aircraft, dtd; or digits: a smoke run. Repeatable.", "the four"),
+    "encoder": _panel(TABLE, "image or text. Repeatable.", "the table's"),
+    "beta": _panel(TABLE, "Repeatable.", "the table's"),
+    "method": _panel(TABLE, "Repeatable.", "the table's"),
+    "seed": _panel(TABLE, "Of training. Repeatable.", "0, 1, 42"),
+}
+_SETTINGS = {
+    "model": _panel(SETTING, "As in train.", "ViT-B-32-quickgelu, digits: glyph-clip"),
+    "pretrained": _panel(SETTING, "As in train.", "openai"),
+}
+_OPTIONS = (*_PARTS, *_SETTINGS, "rounds", "protocol", "precision", "data_dir", "download")
 
 
 class _Tables(TyperGroup):
@@ -46,24 +62,10 @@ def _option(name: str, panel: str, text: str, default: str | bool = True, metava
 def _reproduce(
     given: dict[str, Any],
     ctx: typer.Context,
-    dataset: Annotated[
-        list[str] | None,
-        _option("--dataset", TABLE, "pets, flowers, aircraft, dtd; or digits: a smoke run. Repeatable.", "the four"),
-    ] = None,
-    encoder: Annotated[
-        list[str] | None, _option("--encoder", TABLE, "image or text. Repeatable.", "the table's")
-    ] = None,
-    beta: Annotated[list[float] | None, _option("--beta", TABLE, "Repeatable.", "the table's")] = None,
-    method: Annotated[list[str] | None, _option("--method", TABLE, "Repeatable.", "the table's")] = None,
-    seed: Annotated[list[int] | None, _option("--seed", TABLE, "Of training. Repeatable.", "0, 1, 42")] = None,
     target: Annotated[
         float | None,
         _option("--target", TABLE, "Accuracy to reach, a fraction (table5, table6).", "the paper's, digits: 0.95"),
     ] = None,
-    model: Annotated[
-        str | None, _option("--model", SETTING, "As in train.", "ViT-B-32-quickgelu, digits: glyph-clip")
-    ] = None,
-    pretrained: Annotated[str | None, _option("--pretrained", SETTING, "As in train.", "openai")] = None,
     lr: Annotated[
         list[str] | None,
         _option("--lr", SETTING, "A method's learning rate. Repeatable.", "as train's", metavar="METHOD=VALUE"),
@@ -98,8 +100,7 @@ def _reproduce(
     from fastdlp.report.paper.plan import make_plan
 
     name = str(ctx.info_name)
-    given |= {"model": model, "pretrained": pretrained}
-    plan = make_plan(name, runs, dataset, encoder, beta, method, seed, partition_seeds, target, lr, **given)
+    plan = make_plan(name, runs, partition_seeds=partition_seeds, target=target, lr=lr or (), **given)
     if jobs < 1:
         raise FastdlpError(f"--jobs is {jobs}: it must be at least 1")
     if partial and not no_run:
@@ -116,7 +117,8 @@ def _reproduce(
 
 for _name, _table in TABLES.items():
     _betas = " and ".join(f"{beta:g}" for beta in _table.betas)
-    app.command(_name, short_help=f"{_table.title}, β {_betas}")(config_options(_OF_TRAIN)(_reproduce))
+    _command = config_options(_OPTIONS, several=_PARTS, changed=_PARTS | _SETTINGS)(_reproduce)
+    app.command(_name, short_help=f"{_table.title}, β {_betas}")(_command)
 
 
 @app.command()
@@ -126,29 +128,35 @@ def ledger(
 ) -> None:
     """What one client of a run exchanged: up to the target if one is given, else in all rounds."""
     from fastdlp.cli import console
-    from fastdlp.report.paper.ledger import read_ledger
+    from fastdlp.report.paper.compare import message_sizes
     from fastdlp.report.paper.plan import check_target
+    from fastdlp.report.read import read_finished
 
     check_target(target)
-    record = read_ledger(run)
-    rounds = len(record.lines) if target is None else record.rounds_to(target)
+    record = read_finished(run)
+    rounds = record.rounds if target is None else record.rounds_to(target)
+    goal = "" if target is None else f"{target:g}"
     if rounds is None:
-        best = record.at("best")
-        text = f"{run} does not reach {target:g}: its best round is {best['round']} with {best['accuracy']:.4f}"
-    else:
-        reached = "" if target is None else f" to an accuracy of {target:g}"
-        text = (
-            f"{rounds} round{'s' * (rounds > 1)}{reached}, {record.parameters:,} parameters per direction: "
-            f"{record.paper_mb(rounds):.2f} MB as the paper counts, {record.true_bytes(rounds):,} bytes of messages, "
-            "of one client, up and down"
-        )
-    console.out.print(text, highlight=False, markup=False, soft_wrap=True)
+        number, best = record.best
+        console.say(f"{run} does not reach {goal}: its best round is {number} with {best:.4f}")
+        return
+    mb, size = message_sizes(record, rounds)
+    reached = f" to an accuracy of {goal}" if goal else ""
+    console.say(
+        f"{rounds} round{'s' * (rounds > 1)}{reached}, {record.uploaded:,} parameters per direction: {mb:.2f} MB as "
+        f"the paper counts, {size:,} bytes of messages, of one client, up and down"
+    )
 
 
 def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, partial: bool) -> list[TrainConfig]:
-    """Run what is missing, unless `no_run`; returns what is still missing, which only --partial allows."""
+    """Run what is missing, unless `no_run`; returns what is still missing, which only --partial allows.
+
+    stderr shows a progress bar of runs and has a line for each finished one.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
     from fastdlp.cli import console
-    from fastdlp.report.paper.run import Interrupted, complete, missing
+    from fastdlp.report.paper.run import Interrupted, PlanCallbacks, complete, missing
 
     configs = plan.configs()
     absent = missing(configs)
@@ -159,45 +167,25 @@ def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, pa
         )
     if no_run or not absent:
         return absent
-    with console.watching(quiet=True) as watching, _progress(len(configs), len(configs) - len(absent)) as callbacks:
-        callbacks.should_stop = watching.should_stop
-        try:
-            complete(absent, jobs, devices, callbacks)
-        except Interrupted:
-            finished = len(configs) - len(missing(configs))
-            text = f"stopped with {finished} of {len(configs)} runs finished; the same command resumes"
-            console.err.print(text, style="yellow", highlight=False)
-            raise typer.Exit(130) from None
-    return []
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with console.watching(quiet=True) as watching, console.progress(*columns) as progress:
+        bar = progress.add_task("preparing", total=len(configs), completed=len(configs) - len(absent))
 
-
-@contextmanager
-def _progress(total: int, finished: int) -> Iterator[PlanCallbacks]:
-    """Callbacks that show a progress bar of runs on stderr, and write a line for each finished run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from fastdlp.cli import console
-    from fastdlp.report.paper.run import PlanCallbacks
-
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal) as progress:
-        bar = progress.add_task("preparing", total=total, completed=finished)
-
-        def show(name: str, text: str) -> None:
+        def status(name: str, text: str) -> None:
             progress.update(bar, description=f"{name}: {text}")
 
-        def finish(name: str) -> None:
+        def finished(name: str) -> None:
             progress.advance(bar)
-            done = round(progress.tasks[0].completed)
-            console.err.print(f"{done}/{total} {name}", highlight=False, markup=False, soft_wrap=True)
+            console.say(f"{round(progress.tasks[0].completed)}/{len(configs)} {name}", console=console.err)
 
-        yield PlanCallbacks(
-            started=lambda name: show(name, "started"),
-            preparing=show,
-            finished_round=lambda name, line: show(name, f"round {line['round']}, accuracy {line['accuracy']:.3f}"),
-            finished=finish,
-        )
+        try:
+            complete(absent, jobs, devices, PlanCallbacks(status, finished, watching.should_stop))
+        except Interrupted:
+            done = len(configs) - len(missing(configs))
+            text = f"stopped with {done} of {len(configs)} runs finished; the same command resumes"
+            console.say(text, "yellow", console.err)
+            raise typer.Exit(130) from None
+    return []
 
 
 def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
@@ -211,4 +199,4 @@ def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
         console.out.print(table, width=max(console.out.width, _WIDTH), crop=False)
     for note in notes(plan, missing):
         console.out.print(note, highlight=False, markup=False)
-    console.out.print(f"written: {folder}/{plan.name}.md, .csv, .png", highlight=False, markup=False, soft_wrap=True)
+    console.say(f"written: {folder}/{plan.name}.md, .csv, .png")

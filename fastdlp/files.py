@@ -20,6 +20,15 @@ from fastdlp.errors import FastdlpError
 
 
 @contextmanager
+def os_errors(action: str, hint: str = "") -> Iterator[None]:
+    """Report an OSError in the block as a FastdlpError: cannot `action`, the reason, and what to do (`hint`)."""
+    try:
+        yield
+    except OSError as error:
+        raise FastdlpError(f"cannot {action}: {error.strerror or error}{'; ' + hint if hint else ''}") from error
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` when the block ends without an exception.
 
@@ -38,54 +47,59 @@ def atomic_path(path: str | os.PathLike[str], hint: str = "") -> Iterator[Path]:
         raise FastdlpError(f"cannot write {path}: it is {'a folder' if target.is_dir() else 'not a plain file'}")
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # os.open and not tempfile: the finished file gets the permissions that the user's umask gives.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FastdlpError(f"cannot write {path}: {reason}{'; ' + hint if hint else ''}") from error
+        with os_errors(f"write {path}", hint):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # os.open and not tempfile: the finished file gets the permissions that the user's umask gives.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # so that the rename cannot become durable before the content
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside `path`; it is renamed to `path` when the block ends without an exception.
 
-    Missing parent folders are created. `path` must not exist.
+    Missing parent folders are created, and a symbolic link is followed. `path` must not exist, unless it is to be
+    replaced; it is then kept until the new folder stands.
 
     Raises:
         FastdlpError: the operating system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        raise FastdlpError(f"cannot write {path}: {error.strerror or error}") from error
+        with os_errors(f"write {path}", "name another --out"):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if replace and target.exists():
+                os.replace(target, old)  # os.replace cannot overwrite a folder that is not empty
+            try:
+                os.replace(temporary, target)
+            except OSError:
+                if old.exists():
+                    os.replace(old, target)
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
     """Refuse a folder that must not be written or replaced. Cheap, so that it runs before a long preparation.
 
-    Args:
-        path: must be new, empty, or written by an earlier command of the same kind.
-        marker: the file that a folder of this kind holds.
-        kind: "run" or "sweep", for messages.
-        overwrite: whether an earlier folder of this kind may be replaced.
+    It must be new or empty, or with `overwrite` one of the same kind ("run" or "sweep"), which holds the file `marker`.
 
     Raises:
         FastdlpError: names --out and what to do.
     """
-    try:
+    with os_errors(f"use {path}", "name another --out"):
         here = Path.cwd()
         if Path(os.path.realpath(path)) in (here, *here.parents):
             raise FastdlpError(f"{path} is or holds the working directory: name another --out")
@@ -96,19 +110,12 @@ def check_free(path: Path, marker: str, kind: str, overwrite: bool) -> None:
                 )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FastdlpError(f"{path} exists and is not a {kind} folder: name another --out")
-    except OSError as error:
-        raise FastdlpError(f"cannot use {path}: {error.strerror or error}; name another --out") from None
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a path is named as `atomic_path` names its files, which a killed process leaves behind."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the partial files of killed processes in a folder and below."""
+    """Remove the files of `atomic_path` that killed processes left in a folder and below."""
     for path in folder.rglob(".*"):
-        if is_temporary(path):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -125,10 +132,10 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
     Raises:
         FastdlpError: the file is missing, unreadable or not JSON.
     """
+    with os_errors(f"read the {what} file {path}"):
+        content = Path(path).read_bytes()
     try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise FastdlpError(f"cannot read the {what} file {path}: {error.strerror or error}") from error
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise FastdlpError(f"the {what} file {path} is not JSON: {error}") from error
 
@@ -140,12 +147,6 @@ def cache_root() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "fastdlp"
     return Path("~/.cache/fastdlp").expanduser()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's content to the disk, so that the rename cannot become durable before it."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -31,8 +31,7 @@ from fastdlp.kernels.groups import RowGroups
 from fastdlp.methods import METHODS, make_method
 from fastdlp.run import build_engine
 from fastdlp.run.folder import RunFolder
-from fastdlp.run.loop import Callbacks
-from fastdlp.run.setup import prepare
+from fastdlp.run.setup import Callbacks, prepare
 from fastdlp.run.train import resume, train
 from fastdlp.selection import Choice, Selection, form_of, read_backend
 from tests.models import tiny_clip
@@ -407,7 +406,7 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
     monkeypatch.setattr(units, "cuda_identity", lambda device, dtype, setting: IDENTITY | {"setting": setting})
     notices: list[str] = []
     config = TrainConfig(method=method, partition=str(few), out=str(tmp_path / "run"))
-    made = prepare(config, notice=notices.append)
+    made = prepare(config, Callbacks(notice=notices.append))
     chosen = read_backend(made.config.backend)
     if method == "fedclip":
         assert (chosen, notices) == ("torch", [])

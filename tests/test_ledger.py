@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import fastdlp
-from fastdlp.report.paper.ledger import read_ledger
+from fastdlp.report.paper.compare import message_sizes
+from fastdlp.report.read import read_finished
 
 
 @pytest.mark.slow
@@ -33,9 +34,10 @@ def test_six_rounds_on_vit_b_32(tmp_path: Path) -> None:
             out=str(tmp_path / "run"),
         )
     )
-    ledger = read_ledger(tmp_path / "run")
-    assert ledger.parameters == 334_336
-    assert round(ledger.paper_mb(6), 2) == 15.30
+    run = read_finished(tmp_path / "run")
+    assert run.uploaded == 334_336
+    mb, size = message_sizes(run, 6)
+    assert round(mb, 2) == 15.30
     message = (tmp_path / "run/adapters/server.safetensors").stat().st_size
-    assert ledger.true_bytes(6) == 2 * 6 * message
+    assert size == 2 * 6 * message
     assert 4 * 334_336 < message < 1.01 * 4 * 334_336

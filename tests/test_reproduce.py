@@ -17,33 +17,41 @@ from PIL import Image
 from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods import resolve
-from fastdlp.report.paper.ledger import Ledger, read_ledger
+from fastdlp.report.paper.compare import message_sizes
 from fastdlp.report.paper.plan import Plan, make_plan
 from fastdlp.report.paper.tables import AVERAGE, DATASETS, PARAMETERS, PUBLISHED, TABLES, Cell, paper_mb, published
+from fastdlp.report.read import read_finished
 
 CLI = Callable[..., tuple[int, str, str]]
 Accuracies = Callable[[Cell, int], Sequence[float]]
 METRICS = [f"{metric}{which}" for metric in ("", "std_", "lowest_") for which in ("last", "best")]
 HEADER = 3_000  # bytes of a message that are not parameters
+SAMPLES = 10**9  # of each client, so that every accuracy can be had
+OTHER = {"losses": {}, "gates_zero_share": None, "gates_zero_by_part": {}, "seconds": 1.0}  # of a line of metrics
 
 
 def _write_run(config: TrainConfig, accuracies: Sequence[float]) -> None:
-    """A finished run's folder, as `fastdlp train` leaves it, with these accuracies."""
+    """A finished run's folder, as `fastdlp train` leaves it, with these accuracies.
+
+    The clients' standard deviation is a tenth of the accuracy, and the lowest client has half of it.
+    """
     config = resolve(config)
     folder = Path(str(config.out))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json())
+    (folder / "partition.json").write_text(json.dumps({"clients": {"0": {}, "1": {}}}))
     shared = config.method not in ("local", "local-sora")
     message = 4 * PARAMETERS[config.encoder] + HEADER if shared else 0
     with open(folder / "metrics.jsonl", "w") as file:
         for number, accuracy in enumerate(accuracies, start=1):
+            low, high = ({"correct": round(part * accuracy * SAMPLES), "n": SAMPLES} for part in (0.5, 0.7))
             clients = [
-                {"client": 0, "bytes_sent": message, "bytes_received": message},
-                {"client": 1, "bytes_sent": 0, "bytes_received": message},  # no training samples
+                {"client": 0, "bytes_sent": message, "bytes_received": message, **low},
+                {"client": 1, "bytes_sent": 0, "bytes_received": message, **high},  # no training samples
             ]
-            spread = {"clients_std": accuracy / 10, "clients_lowest": accuracy / 2}
-            file.write(json.dumps({"round": number, "accuracy": accuracy, **spread, "clients": clients}) + "\n")
-    summary = {"rounds": config.rounds, "uploaded_parameters": PARAMETERS[config.encoder] if shared else 0}
+            file.write(json.dumps({"round": number, "accuracy": accuracy, **OTHER, "clients": clients}) + "\n")
+    uploaded = PARAMETERS[config.encoder] if shared else 0
+    summary = {"rounds": config.rounds, "seconds_total": 1, "zero_shot": 0.1, "uploaded_parameters": uploaded}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -141,7 +149,7 @@ def test_the_papers_setting_is_the_default(tmp_path: Path) -> None:
         ("ViT-B-32-quickgelu", "openai", 100, 0.1, 10, "last", 0)
     }
     assert {config.seed for config in configs} == {0, 1, 42}
-    smoke = make_plan("table5", tmp_path, datasets=["digits"])
+    smoke = make_plan("table5", tmp_path, dataset=["digits"])
     assert {(c.model, c.pretrained, c.rounds, c.lr) for c in (resolve(c) for c in smoke.configs())} == {
         ("glyph-clip", None, 20, 1e-3)
     }
@@ -159,7 +167,7 @@ def test_tables_share_runs(tmp_path: Path) -> None:
 
 
 def test_options_reach_the_runs(tmp_path: Path) -> None:
-    plan = make_plan("table1", tmp_path, lr=["flora=1e-4"], partition_seeds="seed", precision="bf16", seeds=[7, 7])
+    plan = make_plan("table1", tmp_path, lr=["flora=1e-4"], partition_seeds="seed", precision="bf16", seed=[7, 7])
     assert {(c.method, c.lr) for c in plan.configs()} == {
         ("flora", 1e-4),
         *((method, None) for method in ("local", "fedclip", "feddat", "feddlp")),
@@ -208,7 +216,7 @@ def test_accuracy(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]
 def test_the_best_round_counts_where_the_report_is_best(
     tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]
 ) -> None:
-    plan = make_plan("table4", tmp_path / "runs/reproduce", rounds=3, protocol="reference", datasets=["pets"])
+    plan = make_plan("table4", tmp_path / "runs/reproduce", rounds=3, protocol="reference", dataset=["pets"])
     _write_all(plan, _accuracies)
     for row in reproduced("table4", "--protocol", "reference", "--dataset", "pets"):
         cell = Cell(row["encoder"], 0.01, row["method"], "pets")
@@ -230,7 +238,7 @@ def test_communication(tmp_path: Path, reproduced: Callable[..., list[dict[str, 
         return [0.5 if number < when else 0.88 for number in (1, 2, 3)]
 
     options = ("--dataset", "pets", "--beta", "0.1")
-    plan = make_plan("table6", tmp_path / "runs/reproduce", rounds=3, datasets=["pets"], betas=[0.1])
+    plan = make_plan("table6", tmp_path / "runs/reproduce", rounds=3, dataset=["pets"], beta=[0.1])
     _write_all(plan, accuracies)
     flora, feddat, feddlp = reproduced("table6", *options)
     assert [row["method"] for row in (flora, feddat, feddlp)] == ["flora", "feddat", "feddlp"]
@@ -253,7 +261,7 @@ def test_communication(tmp_path: Path, reproduced: Callable[..., list[dict[str, 
 
 def test_a_smoke_run_has_no_differences(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
     for table in ("table2", "table3", "table5", "table8"):
-        plan = make_plan(table, tmp_path / "runs" / table, rounds=3, datasets=["digits"], seeds=[0])
+        plan = make_plan(table, tmp_path / "runs" / table, rounds=3, dataset=["digits"], seed=[0])
         _write_all(plan, lambda cell, seed: [0.9, 0.96, 0.94])
         rows = reproduced(table, "--dataset", "digits", "--seed", "0", "--runs", f"runs/{table}")
         assert {row["dataset"] for row in rows if row["seeds"] == "1"} == {"digits"}
@@ -269,7 +277,7 @@ def test_a_smoke_run_has_no_differences(tmp_path: Path, reproduced: Callable[...
 
 
 def test_figure2(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
-    plan = make_plan("figure2", tmp_path / "runs/reproduce", rounds=3, betas=[0.5])
+    plan = make_plan("figure2", tmp_path / "runs/reproduce", rounds=3, beta=[0.5])
     _write_all(plan, _accuracies)
     rows = reproduced("figure2", "--beta", "0.5")
     assert len(rows) == 2 * 4 * 2 * 3
@@ -308,7 +316,7 @@ def test_bars_are_the_rows() -> None:
 
 
 def test_missing_runs(tmp_path: Path, cli: CLI, reproduced: Callable[..., list[dict[str, str]]]) -> None:
-    plan = make_plan("table7", tmp_path / "runs/reproduce", rounds=3, encoders=["text"])
+    plan = make_plan("table7", tmp_path / "runs/reproduce", rounds=3, encoder=["text"])
     _write_all(plan, _accuracies)
     runs = Path("runs/reproduce")
     for name in ("pets-feddlp-text-beta0.1-seed0", "dtd-feddlp-text-beta0.1-seed0"):  # not ended
@@ -332,16 +340,14 @@ def test_missing_runs(tmp_path: Path, cli: CLI, reproduced: Callable[..., list[d
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
-    (config,) = make_plan("table7", tmp_path, encoders=["text"], rounds=2, seeds=[0], methods=["feddlp"],
-                          datasets=["pets"]).configs()  # fmt: skip
+    (config,) = make_plan("table7", tmp_path, encoder=["text"], rounds=2, seed=[0], method=["feddlp"],
+                          dataset=["pets"]).configs()  # fmt: skip
     _write_run(config, [0.1, 0.2])
     before = {path: path.read_bytes() for path in Path(str(config.out)).iterdir()}
-    ledger = read_ledger(Path(str(config.out)))
+    run = read_finished(Path(str(config.out)))
     assert before == {path: path.read_bytes() for path in Path(str(config.out)).iterdir()}
-    assert isinstance(ledger, Ledger)
-    assert (ledger.rounds_to(0.2), ledger.rounds_to(0.21)) == (2, None)
-    assert ledger.true_bytes(2) == 4 * (4 * PARAMETERS["text"] + HEADER)
-    assert ledger.paper_mb(2) == 4 * 0.852
+    assert (run.rounds_to(0.2), run.rounds_to(0.21)) == (2, None)
+    assert message_sizes(run, 2) == (4 * 0.852, 4 * (4 * PARAMETERS["text"] + HEADER))
 
 
 def test_ledger_of_a_run(tmp_path: Path, cli: CLI) -> None:
@@ -356,19 +362,24 @@ def test_ledger_of_a_run(tmp_path: Path, cli: CLI) -> None:
     assert "does not reach 0.95: its best round is 6" in out
 
 
-LINE = '{"round": 1, "accuracy": %s, "clients_std": 0, "clients_lowest": 0, "clients": [%s]}\n'
+LINE = json.dumps({"round": 1, **OTHER})[:-1] + ', "accuracy": %s, "clients": [%s]}\n'
+CLIENT = '{"client": 0, "correct": 1, "n": 2, "bytes_sent": 0, "bytes_received": %s}'
 DAMAGE = {
     "metrics.jsonl": [
         ("", "holds 0 rounds"),
         ('{"round": 1, "accuracy": 0.5', "damaged in line 1"),
         ("[]\n", "damaged in line 1"),
         ('{"round": 2}\n', "damaged in line 1"),
-        (LINE % ("NaN", '{"client": 0, "bytes_sent": 0, "bytes_received": 0}'), "damaged in line 1"),
+        (LINE % ("NaN", CLIENT % "0"), "damaged in line 1: nan is not a finite number"),
         (LINE % ("0.5", ""), "damaged in line 1"),
         (LINE % ("0.5", "3"), "damaged in line 1"),
-        (LINE % ("0.5", '{"client": 0, "bytes_sent": 0, "bytes_received": "many"}'), "damaged in line 1"),
+        (LINE % ("0.5", CLIENT % '"many"'), "damaged in line 1: 'many' is not a count"),
     ],
-    "summary.json": [("{}", "not a summary"), ("nonsense", "not JSON"), ('{"rounds": 1}', "uploaded_parameters")],
+    "summary.json": [
+        ("{}", "not a summary"),
+        ("nonsense", "not JSON"),
+        ('{"rounds": 1, "seconds_total": 1, "zero_shot": 0}', "uploaded_parameters"),
+    ],
     "config.json": [("{}}", "config.json"), ('{"no_option": 1}', "no_option"), ('{"method": 3}', "--method")],
 }
 
@@ -376,8 +387,8 @@ DAMAGE = {
 @pytest.mark.parametrize(("file", "content", "word"), [(f, *case) for f, cases in DAMAGE.items() for case in cases])
 def test_damaged_runs_are_refused(file: str, content: str, word: str, tmp_path: Path, cli: CLI) -> None:
     arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
-    (config,) = make_plan("table7", tmp_path / "runs", encoders=["text"], rounds=1, seeds=[0], methods=["feddlp"],
-                          datasets=["pets"]).configs()  # fmt: skip
+    (config,) = make_plan("table7", tmp_path / "runs", encoder=["text"], rounds=1, seed=[0], method=["feddlp"],
+                          dataset=["pets"]).configs()  # fmt: skip
     _write_run(config, [0.5])
     (Path(str(config.out)) / file).write_text(content)
     code, out, err = cli("reproduce", "table7", *arguments, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
@@ -399,8 +410,8 @@ def test_damaged_runs_are_refused(file: str, content: str, word: str, tmp_path: 
     ],
 )
 def test_a_run_of_other_options_is_refused(option: dict[str, Any], word: str, tmp_path: Path, cli: CLI) -> None:
-    plan = make_plan("table7", tmp_path / "runs", encoders=["text"], rounds=1, seeds=[0], methods=["feddlp"],
-                     datasets=["pets"])  # fmt: skip
+    plan = make_plan("table7", tmp_path / "runs", encoder=["text"], rounds=1, seed=[0], method=["feddlp"],
+                     dataset=["pets"])  # fmt: skip
     (config,) = plan.configs()
     _write_run(replace(config, **option), [0.5] * (option.get("rounds") or 1))
     arguments = ("--encoder", "text", "--rounds", 1, "--seed", 0, "--method", "feddlp", "--dataset", "pets")
@@ -411,7 +422,7 @@ def test_a_run_of_other_options_is_refused(option: dict[str, Any], word: str, tm
 
 
 def test_another_machine_is_no_other_run(tmp_path: Path, reproduced: Callable[..., list[dict[str, str]]]) -> None:
-    plan = make_plan("table7", tmp_path / "runs/reproduce", encoders=["text"], rounds=3, seeds=[0])
+    plan = make_plan("table7", tmp_path / "runs/reproduce", encoder=["text"], rounds=3, seed=[0])
     for config in plan.configs():
         elsewhere = {"device": "cuda:1", "backend": "triton", "micro_batch": 64, "trace": True, "data_dir": "/data"}
         _write_run(replace(config, **elsewhere), [0.5] * 3)

@@ -25,7 +25,7 @@ METHODS = ("--method", "local", "--method", "flora")
 
 
 def _configs(runs: Path, *methods: str, **options: Any) -> list[TrainConfig]:
-    return make_plan("table1", runs, ["digits"], ["text"], methods=methods, seeds=[0], rounds=2, **options).configs()
+    return make_plan("table1", runs, ["digits"], ["text"], method=methods, seed=[0], rounds=2, **options).configs()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,10 @@ def test_a_stop_leaves_runs_to_resume(jobs: int, tmp_path: Path) -> None:
     configs = [replace(config, rounds=99) for config in _configs(tmp_path / "runs", "local", "flora", "feddlp")]
     first = tmp_path / "runs/digits-local-text-beta0.1-seed0"
     started: list[str] = []
-    callbacks = PlanCallbacks(started=started.append, should_stop=(first / "metrics.jsonl").exists)
+    callbacks = PlanCallbacks(
+        status=lambda name, text: started.append(name) if text == "started" else None,
+        should_stop=(first / "metrics.jsonl").exists,
+    )
     with pytest.raises(Interrupted):
         complete(configs, jobs, [], callbacks)
     assert missing(configs) == configs
@@ -124,7 +127,7 @@ def test_a_run_that_fails_is_named(jobs: int, tmp_path: Path, cli: CLI) -> None:
 def test_the_options_of_a_process_make_its_config(tmp_path: Path, cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every field that a table's run can have, away from its default, goes through the command line and back."""
     (config,) = make_plan(
-        "table1", tmp_path / "runs", ["pets"], ["text"], methods=["flora"], seeds=[3], lr=["flora=1e-06"], rounds=7,
+        "table1", tmp_path / "runs", ["pets"], ["text"], method=["flora"], seed=[3], lr=["flora=1e-06"], rounds=7,
         partition_seeds="seed", protocol="reference", precision="bf16", data_dir=str(tmp_path), download=True,
     ).configs()  # fmt: skip
     config = replace(config, device="cuda:1")
@@ -151,7 +154,7 @@ def test_a_data_set_is_fetched_before_the_processes_begin(tmp_path: Path, monkey
             raise FastdlpError("no more")
 
     monkeypatch.setattr("fastdlp.data.registry.load_source", fetch)
-    configs = make_plan("table1", tmp_path / "runs", ["pets", "dtd"], methods=["flora"], download=True).configs()
+    configs = make_plan("table1", tmp_path / "runs", ["pets", "dtd"], method=["flora"], download=True).configs()
     with pytest.raises(FastdlpError, match="no more"):
         complete(configs, 2, [], PlanCallbacks())
     assert fetched == [("pets", None), ("dtd", None)]

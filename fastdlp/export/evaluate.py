@@ -19,10 +19,9 @@ from fastdlp.export.api import load_adapter
 from fastdlp.export.trained import finished_run, load_trained
 from fastdlp.methods.flora import FLoRA
 from fastdlp.run.folder import PARTITION, RunFolder
-from fastdlp.run.loop import Callbacks
 from fastdlp.run.metrics import accuracy_metrics, per_client_metrics
 from fastdlp.run.recorder import zero_shot_accuracy
-from fastdlp.run.setup import Federation, prepare
+from fastdlp.run.setup import Callbacks, Federation, prepare
 
 
 def evaluate(
@@ -56,7 +55,7 @@ def evaluate(
     if adapter is not None:
         federation = _prepare_with_adapter(config, Path(adapter), callbacks, folder)
     else:
-        federation = prepare(config, callbacks.preparing, folder.path / PARTITION)
+        federation = prepare(config, callbacks, folder.path / PARTITION)
         _load_adapters(folder, summary, federation)
     correct, total = federation.engine.score()
     accuracy, clients = accuracy_metrics(correct, total)
@@ -101,7 +100,7 @@ def _prepare_with_adapter(config: TrainConfig, path: Path, callbacks: Callbacks,
         rank_global=adapter.rank,
         lora_alpha=adapter.lora_alpha,
     )
-    federation = prepare(one_lora, callbacks.preparing, folder.path / PARTITION)
+    federation = prepare(one_lora, callbacks, folder.path / PARTITION)
     if adapter.about.get("weights", federation.weights_fingerprint) != federation.weights_fingerprint:
         raise FastdlpError(f"{path} was trained on other weights than {config.model} has now")
     bank = federation.engine.bank

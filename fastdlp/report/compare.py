@@ -7,26 +7,30 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from fastdlp.config import NOT_IN_NUMBERS
+from fastdlp.config import NOT_IN_NUMBERS, OPTIONS, PARTITION_OPTIONS
 from fastdlp.errors import FastdlpError
 from fastdlp.report.read import Run
+from fastdlp.report.style import DASHES, PALETTE
+from fastdlp.report.text import number
 
 # Accuracies can be compared between runs with equal values of these and an equal assignment of samples to clients.
 _TASK_OPTIONS = ("dataset", "model", "pretrained", "test_fraction", "val_fraction")
-_PARTITION_OPTIONS = ("partition", "clients", "beta", "classes_per_client", "partition_seed", "empty_clients", "shots")
-# May differ between the seeds of one experiment.
-_MACHINE_OPTIONS = ("trace", "device", "backend", "micro_batch", "cuda_graph")
-_NOT_IN_EXPERIMENT = NOT_IN_NUMBERS | {"seed", *_MACHINE_OPTIONS, *_PARTITION_OPTIONS}
+_PARTITION_OPTIONS = [name for name in PARTITION_OPTIONS if name not in _TASK_OPTIONS]
+# May differ between the seeds of one experiment, and between a run and the plan of a table.
+MACHINE_OPTIONS = ("trace", "device", "backend", "micro_batch", "cuda_graph")
+_NOT_IN_EXPERIMENT = NOT_IN_NUMBERS | {"seed", *MACHINE_OPTIONS, *_PARTITION_OPTIONS}
 _IN_RUNS_TABLE = {"method", "encoder", "seed", "rounds", "beta"}
 _MAX_LABEL = 60
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Runs that differ in their seed only: one curve in a picture."""
+    """Runs that differ in their seed only: one curve in every picture."""
 
     label: str
     runs: list[Run]
+    colour: str
+    dash: Any
 
     def name(self, run: Run) -> str:
         """The label of one of the runs."""
@@ -52,11 +56,12 @@ def group_seeds(runs: Sequence[Run]) -> list[Series]:
     for run in runs:
         groups.setdefault(repr((run.finished, _experiment(run))), []).append(run)
     firsts = [group[0] for group in groups.values()]
-    any_finished = any(run.finished for run in runs)
-    return [
-        Series(_label(group[0], firsts) + (" · unfinished" if any_finished and not group[0].finished else ""), group)
-        for group in groups.values()
-    ]
+    series = []
+    for index, group in enumerate(groups.values()):
+        unfinished = not group[0].finished and any(run.finished for run in runs)
+        label = _label(group[0], firsts) + (" · unfinished" if unfinished else "")
+        series.append(Series(label, group, PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)]))
+    return series
 
 
 def differing_options(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
@@ -64,7 +69,7 @@ def differing_options(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     options = [[asdict(run.config) for run in one.runs] for one in series]
     hidden = NOT_IN_NUMBERS | _IN_RUNS_TABLE
     return [
-        (_flag(name), [", ".join(dict.fromkeys(_shown(run[name]) for run in runs)) for runs in options])
+        (OPTIONS[name].flag, [", ".join(dict.fromkeys(_shown(run[name]) for run in runs)) for runs in options])
         for name in options[0][0]
         if name not in hidden and len({repr(run[name]) for runs in options for run in runs}) > 1
     ]
@@ -87,7 +92,7 @@ def _differing(one: Run, other: Run, options: Sequence[str]) -> str:
     for name in options:
         values = getattr(one.config, name), getattr(other.config, name)
         if values[0] != values[1]:
-            return f"{_flag(name)} is {_shown(values[0])} and {_shown(values[1])}"
+            return f"{OPTIONS[name].flag} is {_shown(values[0])} and {_shown(values[1])}"
     return ""
 
 
@@ -111,11 +116,7 @@ def _label(run: Run, firsts: Sequence[Run]) -> str:
     return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return number(value, "g" if isinstance(value, float) else "")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fastdlp.report.compare import Series
 from fastdlp.report.read import Run
-from fastdlp.report.style import FAINT, INK, MARKS, WIDTH, Line, logarithmic, panels, png, rounds_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fastdlp.report.style import FAINT, INK, MARKS, WIDTH, logarithmic, panels, png, rounds_axis
 
 MIB = 2**20
 _LOG_RATIO = 30  # of the largest to the smallest value, from which an axis is logarithmic
@@ -20,8 +19,6 @@ _LOG_RATIO = 30  # of the largest to the smallest value, from which an axis is l
 
 def accuracy_figure(series: Sequence[Series]) -> bytes:
     """Accuracy by round of all runs; below it, a panel per series with the spread of its clients."""
-    from matplotlib.figure import Figure
-
     rows = -(-len(series) // 4) if len(series) > 1 else 0
     columns = -(-len(series) // max(rows, 1))
     legend = 0.2 * -(-(len(series) + 4) // 3)
@@ -31,19 +28,18 @@ def accuracy_figure(series: Sequence[Series]) -> bytes:
     axes = above.subplots()
     _all_runs(axes, series)
     if not rows:
-        _spread(axes, series[0], Line.of(0), mean=False)
+        _spread(axes, series[0], mean=False)
     axes.set_ylabel("accuracy, Σ correct / Σ n")
-    _legend(above, axes, ncols=3)
+    above.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     if below is not None:
         below.suptitle("spread of the clients: lowest to highest, and their mean", x=0.01, ha="left", fontsize=8.5)
         grid = below.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         most = max(run.rounds for one in series for run in one.runs)
-        for index, panel in enumerate(grid.flat):
-            if index >= len(series):
-                panel.set_axis_off()
-                continue
-            _spread(panel, series[index], Line.of(index), mean=True)
-            panel.set_title(series[index].label, fontsize=7.5, color=INK, wrap=True)
+        for panel in grid.flat[len(series) :]:
+            panel.set_axis_off()
+        for index, (panel, one) in enumerate(zip(grid.flat, series)):
+            _spread(panel, one, mean=True)
+            panel.set_title(one.label, fontsize=7.5, color=INK, wrap=True)
             rounds_axis(panel, most)
             panel.set_xlabel("round" if index + columns >= len(series) else "")
             panel.tick_params(labelbottom=index + columns >= len(series))
@@ -54,15 +50,13 @@ def exchange_figure(series: Sequence[Series]) -> bytes:
     """Accuracy against bytes exchanged so far; a method that exchanges nothing is a horizontal line."""
     figure, (axes,) = panels(1, 1, 3.3 + 0.2 * -(-len(series) // 3))
     exchanging = [run.exchanged for one in series for run in one.runs if run.exchanged[-1]]
-    for index, one in enumerate(series):
-        line = Line.of(index)
+    for one in series:
         if any(run.exchanged[-1] for run in one.runs):
-            _curves(axes, one, line, lambda run: run.accuracy, lambda run: run.exchanged / MIB)
+            _curves(axes, one, lambda run: run.accuracy, lambda run: run.exchanged / MIB)
         else:
             level = float(np.mean([run.accuracy[-1] for run in one.runs]))
-            axes.axhline(
-                level, color=line.colour, linestyle=line.dash, lw=1.1, label=f"{one.label} (nothing; last round)"
-            )
+            label = f"{one.label} (nothing; last round)"
+            axes.axhline(level, color=one.colour, linestyle=one.dash, lw=1.1, label=label)
     ends = [bytes_[-1] for bytes_ in exchanging]
     if not ends:
         axes.set_xlim(0, 1)
@@ -72,7 +66,7 @@ def exchange_figure(series: Sequence[Series]) -> bytes:
         axes.set_xlim(left=0)
     axes.set_xlabel("exchanged so far, MiB: up and down, all clients")
     axes.set_ylabel("accuracy, Σ correct / Σ n")
-    _legend(figure, axes, ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return png(figure)
 
 
@@ -83,9 +77,9 @@ def losses_figure(series: Sequence[Series]) -> bytes:
     most = max(run.rounds for one in series for run in one.runs)
     for name, axes in zip(names, grid):
         drawn: list[np.ndarray] = []
-        for index, one in enumerate(series):
+        for one in series:
             if name in one.runs[0].losses:
-                _curves(axes, one, Line.of(index), lambda run: run.losses[name])  # noqa: B023 (called at once)
+                _curves(axes, one, lambda run: run.losses[name])  # noqa: B023 (called at once)
                 drawn += [run.losses[name] for run in one.runs]
         values = np.concatenate(drawn)
         values = values[np.isfinite(values)]
@@ -94,7 +88,7 @@ def losses_figure(series: Sequence[Series]) -> bytes:
         axes.set_title(loss_title(name))
         rounds_axis(axes, most)
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels())}
-    named = [_name(one) for one in series if _name(one) in handles]
+    named = [name for one in series if (name := _name(one)) in handles]
     figure.legend([handles[name] for name in named], named, loc="outside upper left", ncols=3)
     return png(figure)
 
@@ -117,16 +111,16 @@ def _all_runs(axes: Axes, series: Sequence[Series]) -> None:
     runs = [run for one in series for run in one.runs]
     for level in zero_shot_levels(series):
         axes.axhline(level, color=FAINT, lw=1, ls=(0, (2, 2)), label=f"zero-shot {level:.4f}")
-    for index, one in enumerate(series):
-        _curves(axes, one, Line.of(index), lambda run: run.accuracy)
+    for one in series:
+        _curves(axes, one, lambda run: run.accuracy)
         for run in one.runs:
-            _mark(axes, "last", Line.of(index).colour, (run.rounds, float(run.accuracy[-1])))
-            _mark(axes, "best", Line.of(index).colour, run.best)
-            if run.chosen is not None:
-                _mark(axes, "chosen", Line.of(index).colour, run.chosen)
-    for mark in MARKS:
+            points = {"last": (run.rounds, float(run.accuracy[-1])), "best": run.best, "chosen": run.chosen}
+            for mark, point in points.items():
+                if point is not None:
+                    _mark(axes, mark, one.colour, point)
+    for mark, (name, _, _) in MARKS.items():
         if mark != "chosen" or any(run.chosen for run in runs):
-            _mark(axes, mark, FAINT, ([], []), label=MARKS[mark][0])
+            _mark(axes, mark, FAINT, ([], []), label=name)
     rounds_axis(axes, max(run.rounds for run in runs))
 
 
@@ -139,17 +133,16 @@ def _mark(axes: Axes, mark: str, colour: str, point: tuple[Any, Any], **options:
 def _curves(
     axes: Axes,
     series: Series,
-    line: Line,
     y: Callable[[Run], np.ndarray],
     x: Callable[[Run], np.ndarray] = lambda run: np.arange(1, run.rounds + 1),
 ) -> None:
     """A thin line per seed and a thick one for their mean; a single run is thick."""
     if len(series.runs) > 1:
         for run in series.runs:
-            axes.plot(x(run), y(run), color=line.colour, lw=0.7, alpha=0.45)
-    means = [_seeds_mean(series, of) for of in (x, y)]
+            axes.plot(x(run), y(run), color=series.colour, lw=0.7, alpha=0.45)
+    means = _seeds_mean(series, x), _seeds_mean(series, y)
     point = "." if len(means[0]) == 1 else None  # a line of one round would be invisible
-    axes.plot(*means, color=line.colour, linestyle=line.dash, marker=point, label=_name(series), zorder=3)
+    axes.plot(*means, color=series.colour, linestyle=series.dash, marker=point, label=_name(series), zorder=3)
 
 
 def _name(series: Series) -> str:
@@ -162,7 +155,7 @@ def _seeds_mean(series: Series, of: Callable[[Run], np.ndarray]) -> np.ndarray:
     return np.mean([of(run)[:rounds] for run in series.runs], axis=0)
 
 
-def _spread(axes: Axes, series: Series, line: Line, mean: bool) -> None:
+def _spread(axes: Axes, series: Series, mean: bool) -> None:
     """The band from the lowest to the highest client, and their mean; averaged over seeds."""
     lowest = _seeds_mean(series, lambda run: run.over_clients("min"))
     highest = _seeds_mean(series, lambda run: run.over_clients("max"))
@@ -170,16 +163,11 @@ def _spread(axes: Axes, series: Series, line: Line, mean: bool) -> None:
     rounds = np.arange(1, len(middle) + 1)
     label = "clients, lowest to highest"
     if len(rounds) == 1:  # the band would have no width
-        axes.vlines(rounds, lowest, highest, color=line.colour, alpha=0.3, lw=8, label=label)
+        axes.vlines(rounds, lowest, highest, color=series.colour, alpha=0.3, lw=8, label=label)
     else:
-        axes.fill_between(rounds, lowest, highest, color=line.colour, alpha=0.16, lw=0, label=label)
-        axes.plot(rounds, lowest, color=line.colour, lw=0.8)
+        axes.fill_between(rounds, lowest, highest, color=series.colour, alpha=0.16, lw=0, label=label)
+        axes.plot(rounds, lowest, color=series.colour, lw=0.8)
     if mean:
-        axes.plot(rounds, middle, color=line.colour, linestyle=line.dash, marker="." if len(rounds) == 1 else None)
+        axes.plot(rounds, middle, color=series.colour, linestyle=series.dash, marker="." if len(rounds) == 1 else None)
     else:
         axes.plot(rounds, middle, color=INK, lw=0.9, ls=(0, (1, 1.5)), label="mean of the clients")
-
-
-def _legend(figure: Any, axes: Axes, ncols: int) -> None:
-    """A legend above the axes, so that it covers no curve."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=ncols)

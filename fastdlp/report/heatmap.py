@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
 
 from fastdlp.report.style import EMPTY, INK
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import Figure
 
 # Inches. A map is laid out from the size of its cells; a tight page then includes the names around it.
 MAX_SIDE = 30.0
@@ -61,9 +59,6 @@ def heat_map(
         edges: width of the white lines between cells.
         gap: between map and colour bar, in inches.
     """
-    from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
-
     rows, columns = values.shape
     width, height = columns * cell[0], rows * cell[1]
     figure = Figure(figsize=(width, height))

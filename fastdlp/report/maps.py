@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 
 from fastdlp.report.compare import Series
 from fastdlp.report.heatmap import cell_size, heat_map
-from fastdlp.report.style import FAINT, INK, Line, amount_map, pale, panels, png
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from fastdlp.report.style import AMOUNT, FAINT, INK, pale, panels, png
 
 _MAX_WIDTH = 10.6  # inches of a map, which is the width of the page
 
@@ -22,14 +21,14 @@ def clients_figure(series: Sequence[Series]) -> bytes:
     first = series[0].runs[0]
     clients = len(first.clients)
     columns = 3 if clients <= 12 else 2 if clients <= 40 else 1
-    runs = [(one, run, Line.of(index).colour) for index, one in enumerate(series) for run in one.runs]
+    runs = [(one, run) for one in series for run in one.runs]
     figure, grid = panels(len(runs) + 1, columns, 1.65)
-    for axes, (one, run, colour) in zip(grid, runs):
+    for axes, (one, run) in zip(grid, runs):
         values = run.per_client[-1]
         lowest = float(np.nanmin(values))
-        bars = _bars(axes, values, run.clients, colour)
+        bars = _bars(axes, values, run.clients, one.colour)
         for at in np.flatnonzero(values == lowest):
-            bars[at].set(facecolor=colour, hatch="/////", edgecolor="white", linewidth=0)
+            bars[at].set(facecolor=one.colour, hatch="/////", edgecolor="white", linewidth=0)
             axes.plot(at, lowest + 0.06, "v", color=INK, ms=3.5, clip_on=False)
         axes.axhline(float(np.nanmean(values)), color=INK, lw=0.8, ls=(0, (3, 2)))
         axes.set_ylim(0, 1.1)
@@ -51,8 +50,6 @@ def classes_figure(series: Series) -> bytes | None:
     recorded = [run.per_class for run in series.runs if run.per_class is not None]
     if not recorded:
         return None
-    from matplotlib.colors import Normalize
-
     names, n = recorded[0].names, recorded[0].n
     with np.errstate(invalid="ignore"):
         accuracy = np.mean([entry.correct / entry.n for entry in recorded], axis=0)  # NaN without samples
@@ -83,12 +80,10 @@ def gates_figure(series: Series, most: float) -> bytes | None:
     parts = list(series.runs[0].gates)
     if not parts:
         return None
-    from matplotlib.colors import Normalize
-
     rounds = min(run.rounds for run in series.runs)
     zero = np.mean([[run.gates[part][:rounds] for part in parts] for run in series.runs], axis=0)  # [parts, rounds]
     cell = min(6.4, max(1.8, 0.3 * rounds)) / rounds, 0.135
-    figure, axes = heat_map(zero, cell, (parts, ()), amount_map(), Normalize(0, most), "fraction at zero", gap=0.15)
+    figure, axes = heat_map(zero, cell, (parts, ()), AMOUNT, Normalize(0, most), "fraction at zero", gap=0.15)
     blocks = [part.partition(".")[0] for part in parts]
     for row in range(1, len(parts)):
         if blocks[row] != blocks[row - 1]:

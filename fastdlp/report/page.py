@@ -11,9 +11,9 @@ import numpy as np
 
 from fastdlp.report.compare import Series, differing_options
 from fastdlp.report.curves import MIB, zero_shot_levels
-from fastdlp.report.partition import scheme_text
 from fastdlp.report.read import Run
-from fastdlp.report.style import DPI, FAINT, GRID, INK, Line
+from fastdlp.report.style import DPI, FAINT, GRID, INK
+from fastdlp.report.text import number, scheme_text
 
 _STYLE = f"""
 :root {{ color-scheme: light; }}
@@ -42,6 +42,12 @@ svg {{ vertical-align: middle; margin-right: 7px; }}
 """.strip()
 
 _PIXELS_PER_INCH = 112  # of a picture on the page
+_NOTE = (
+    "Accuracy is Σ correct / Σ n over all clients’ own test samples. Mean, std (of the population) and lowest are of "
+    "the clients’ accuracies in the last round. Best on test is selected on the test samples themselves. Bytes are up "
+    "and down, all clients, all rounds."
+)
+_UNFINISHED = " The time of an unfinished run does not include the preparation."
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,20 @@ class Section:
 
 def page(series: Sequence[Series], sections: Sequence[Section]) -> str:
     """The whole page."""
-    title = _title(series[0].runs[0])
+    runs = [run for one in series for run in one.runs]
+    title = f"{runs[0].config.dataset} · {runs[0].config.model} · {len(runs[0].clients)} clients"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(_lead(series))}</p>',
+        f'<p class="lead">{escape(_lead(series, runs))}</p>',
         "<h2>Runs</h2>",
-        _runs_table(series),
-        _note(series),
+        _runs_table(series, runs),
+        f'<p class="note">{_NOTE}{"" if all(run.finished for run in runs) else _UNFINISHED}</p>',
         _seeds_table(series),
         _options_table(series),
-        *(_section(section) for section in sections),
+        *(
+            "\n".join([f"<h2>{escape(one.title)}</h2>", f"<p>{escape(one.text)}</p>", *map(_figure, one.pictures)])
+            for one in sections
+        ),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -87,12 +97,7 @@ def page(series: Sequence[Series], sections: Sequence[Section]) -> str:
     )
 
 
-def _title(run: Run) -> str:
-    return f"{run.config.dataset} · {run.config.model} · {len(run.clients)} clients"
-
-
-def _lead(series: Sequence[Series]) -> str:
-    runs = [run for one in series for run in one.runs]
+def _lead(series: Sequence[Series], runs: Sequence[Run]) -> str:
     partition = runs[0].partition
     scheme = scheme_text(str(partition.get("scheme", "file")), _beta(runs[0]), partition.get("classes_per_client"))
     parts = [
@@ -105,11 +110,11 @@ def _lead(series: Sequence[Series]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _runs_table(series: Sequence[Series]) -> str:
+def _runs_table(series: Sequence[Series], runs: Sequence[Run]) -> str:
     columns: dict[str, Callable[[Run], str]] = {
         "method": lambda run: run.config.method,
         "encoder": lambda run: run.config.encoder,
-        "β": lambda run: "–" if _beta(run) is None else f"{_beta(run):g}",
+        "β": lambda run: number(_beta(run), "g"),
         "seed": lambda run: str(run.config.seed),
         "rounds": lambda run: f"{run.rounds}" + ("" if run.finished else f" of {run.config.rounds}, unfinished"),
         "last round": lambda run: f"{run.accuracy[-1]:.4f}",
@@ -118,36 +123,24 @@ def _runs_table(series: Sequence[Series]) -> str:
         "mean of clients": lambda run: f"{run.over_clients('mean')[-1]:.4f}",
         "std": lambda run: f"{run.over_clients('std')[-1]:.4f}",
         "lowest client": lambda run: f"{run.over_clients('min')[-1]:.4f}",
-        "parameters uploaded": lambda run: "–" if run.uploaded is None else f"{run.uploaded:,}",
+        "parameters uploaded": lambda run: number(run.uploaded, ","),
         "MiB exchanged": lambda run: f"{run.exchanged[-1] / MIB:,.2f}",
         "gates at zero": lambda run: f"{run.gates_zero[-1]:.1%}" if run.gates else "–",
         "time": lambda run: _time(run.seconds),
     }
-    if all(run.validation is None for one in series for run in one.runs):
+    if all(run.validation is None for run in runs):
         del columns["chosen on validation (round)"]
     rows = [
-        (_swatch(index) + escape(run.name), [text(run) for text in columns.values()])
-        for index, one in enumerate(series)
+        (_swatch(one) + escape(run.name), [text(run) for text in columns.values()])
+        for one in series
         for run in one.runs
     ]
     return _table(["run", *columns], rows)
 
 
-def _note(series: Sequence[Series]) -> str:
-    runs = [run for one in series for run in one.runs]
-    text = (
-        "Accuracy is Σ correct / Σ n over all clients’ own test samples. Mean, std (of the population) and lowest are "
-        "of the clients’ accuracies in the last round. Best on test is selected on the test samples themselves. "
-        "Bytes are up and down, all clients, all rounds."
-    )
-    if not all(run.finished for run in runs):
-        text += " The time of an unfinished run does not include the preparation."
-    return f'<p class="note">{escape(text)}</p>'
-
-
 def _seeds_table(series: Sequence[Series]) -> str:
     """Mean ± standard deviation over seeds, where a series has several."""
-    several = [(index, one) for index, one in enumerate(series) if len(one.runs) > 1]
+    several = [one for one in series if len(one.runs) > 1]
     if not several:
         return ""
     columns: dict[str, Callable[[Run], float | None]] = {
@@ -157,13 +150,13 @@ def _seeds_table(series: Sequence[Series]) -> str:
         "mean of clients": lambda run: run.over_clients("mean")[-1],
         "lowest client": lambda run: run.over_clients("min")[-1],
     }
-    if not any(run.chosen for _, one in several for run in one.runs):
+    if not any(run.chosen for one in several for run in one.runs):
         del columns["chosen on validation"]
     rows = []
-    for index, one in several:
+    for one in several:
         seeds = ", ".join(str(run.config.seed) for run in one.runs)
         cells = [_over_seeds([column(run) for run in one.runs]) for column in columns.values()]
-        rows.append((_swatch(index) + escape(one.label), [seeds, *cells]))
+        rows.append((_swatch(one) + escape(one.label), [seeds, *cells]))
     return (
         _table(["mean ± std over seeds", "seeds", *columns], rows)
         + '<p class="note">std over seeds: population standard deviation.</p>'
@@ -177,11 +170,6 @@ def _options_table(series: Sequence[Series]) -> str:
         return ""
     rows = [(f"<code>{escape(flag)}</code>", values) for flag, values in options]
     return "<h2>Options that differ</h2>" + _table(["option", *(one.label for one in series)], rows)
-
-
-def _section(section: Section) -> str:
-    pictures = "\n".join(_figure(picture) for picture in section.pictures)
-    return f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n{pictures}"
 
 
 def _figure(picture: Picture) -> str:
@@ -206,13 +194,12 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     return f'<div class="wide"><table>\n<thead>{top}</thead>\n<tbody>\n{joined}\n</tbody></table></div>'
 
 
-def _swatch(index: int) -> str:
+def _swatch(series: Series) -> str:
     """The line of a series in the pictures, as SVG."""
-    line = Line.of(index)
-    dashes = "" if line.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in line.dash[1])}"'
+    dashes = "" if series.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in series.dash[1])}"'
     return (
         '<svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="3" '
-        f'stroke="{line.colour}"{dashes}/></svg>'
+        f'stroke="{series.colour}"{dashes}/></svg>'
     )
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from fastdlp.data.partition import Partition, counts
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 from fastdlp.report.heatmap import MAX_SIDE, cell_size, heat_map
-from fastdlp.report.style import SHADES, amount_map, look, render
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from rich.table import Table
+from fastdlp.report.style import AMOUNT, SHADES, look, render
+from fastdlp.report.text import scheme_text
 
 _MOST_COLUMNS = 12  # classes with a column each in the table
 _FORMATS = (".png", ".svg", ".pdf")
@@ -29,10 +30,6 @@ def partition_table(partition: Partition, labels: np.ndarray, class_names: Seque
 
     Up to 12 classes have a column each; with more, a row names its largest classes. `labels` is int [n].
     """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(
         title=_title(partition, len(labels)),
         title_style="bold",
@@ -90,8 +87,6 @@ def partition_figure(
 
 
 def _draw(partition: Partition, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    from matplotlib.colors import PowerNorm
-
     cells = counts(partition, labels, len(class_names))
     samples = cells.sum(axis=2)
     clients, classes = samples.shape
@@ -100,7 +95,7 @@ def _draw(partition: Partition, labels: np.ndarray, class_names: Sequence[str]) 
         samples,
         (width, height),
         ([str(client) for client in range(clients)], class_names),
-        amount_map(),
+        AMOUNT,
         PowerNorm(0.5, vmin=0, vmax=max(int(samples.max()), 1)),  # the root keeps small numbers visible
         "" if numbered else "samples",
         numbers=samples if numbered else None,
@@ -139,13 +134,6 @@ def _title(partition: Partition, samples: int) -> str:
     how = scheme_text(partition.scheme, partition.beta, partition.classes_per_client)
     parts = [partition.dataset, amount, f"{partition.clients} clients", how, f"seed {partition.seed}"]
     return " · ".join(part for part in parts if part)
-
-
-def scheme_text(scheme: str, beta: float | None, classes_per_client: int | None) -> str:
-    """How a partition was drawn, for a heading."""
-    if scheme == "dirichlet":
-        return "Dirichlet" if beta is None else f"Dirichlet β = {beta:g}"
-    return f"{classes_per_client} classes per client" if scheme == "pathological" else scheme
 
 
 def _count(number: int) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 DPI = 200  # two dots per pixel of the page
 WIDTH = 8.2  # inches of a picture of curves or bars
@@ -19,8 +18,10 @@ WIDTH = 8.2  # inches of a picture of curves or bars
 INK, FAINT, GRID, EMPTY = "#222b33", "#67727d", "#e3e7eb", "#f3f4f6"
 # Okabe and Ito's colours, without the yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# With the colours 28 combinations before one repeats.
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (7, 1.6, 1.2, 1.6)))
 SHADES = ("#eef2f6", "#c6dbea", "#86b6d6", "#3f8bbd", "#15609a", "#0b3a66")  # from nothing to much
+AMOUNT = LinearSegmentedColormap.from_list("amount", SHADES)
 # Marks of rounds: name, shape and size. Hollow and of different sizes, since they may coincide.
 MARKS = {
     "last": ("last round", ".", 5.5),
@@ -67,25 +68,9 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
-    """Colour and dashes of a series in all pictures; 28 combinations before one repeats."""
-
-    colour: str
-    dash: Any
-
-    @staticmethod
-    def of(index: int) -> Line:
-        return Line(PALETTE[index % len(PALETTE)], DASHES[index % len(DASHES)])
-
-
-@contextmanager
-def look() -> Iterator[None]:
+def look() -> AbstractContextManager[None]:
     """Apply the style; matplotlib's settings are restored at the end."""
-    import matplotlib.style
-
-    with matplotlib.style.context(_SETTINGS, after_reset=True):
-        yield
+    return matplotlib.style.context(_SETTINGS, after_reset=True)
 
 
 def png(figure: Figure, tight: bool = False) -> bytes:
@@ -106,8 +91,6 @@ def render(figure: Figure, kind: str, tight: bool = False) -> bytes:
 
 def panels(count: int, columns: int, height: float, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
     """A figure `width` inches wide with `count` equal axes in rows of `columns`, each row `height` inches high."""
-    from matplotlib.figure import Figure
-
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(width, rows * height), layout="constrained")
@@ -119,8 +102,6 @@ def panels(count: int, columns: int, height: float, width: float = WIDTH) -> tup
 
 def rounds_axis(axes: Axes, rounds: int) -> None:
     """An x axis of whole rounds from 1 to the last."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlim(1 - min(0.6, 0.02 * rounds), rounds + 0.02 * rounds)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlabel("round")
@@ -128,24 +109,13 @@ def rounds_axis(axes: Axes, rounds: int) -> None:
 
 def pale(colour: str) -> tuple[float, ...]:
     """A colour halfway to white; unlike a transparent one it covers the grid."""
-    from matplotlib.colors import to_rgb
-
     return tuple((1 + part) / 2 for part in to_rgb(colour))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
     """A logarithmic axis with plain numbers, since powers of ten need the math text that is turned off for names."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if which == "x" else (1.0, 3.0), numticks=12))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def amount_map() -> Colormap:
-    """A colour map from nothing to much."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("amount", SHADES)

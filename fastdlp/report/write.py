@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdlp.errors import FastdlpError
-from fastdlp.files import write_atomic
+from fastdlp.files import os_errors, write_atomic
 from fastdlp.report.compare import Series, check_comparable, group_seeds
 from fastdlp.report.curves import accuracy_figure, exchange_figure, losses_figure
 from fastdlp.report.maps import classes_figure, clients_figure, gates_figure
@@ -37,7 +37,11 @@ def write_report(
         FastdlpError: runs that cannot be read or compared, or a folder that must not or cannot be written.
     """
     folder = Path(out)
-    _check_free(folder, overwrite)
+    with os_errors(f"use {folder}", "name another --out"):
+        if folder.exists() and not folder.is_dir():
+            raise FastdlpError(f"{folder} is not a folder: name another --out")
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise FastdlpError(f"{folder} is not empty: name another --out, or write into it with --overwrite")
     read = read_runs(runs)
     check_comparable(read)
     series = group_seeds(read)
@@ -51,16 +55,6 @@ def write_report(
         if _NUMBERED.fullmatch(old.name) and old.name not in pictures:
             old.unlink()  # of an earlier report with more runs
     return [folder / name for name in (PAGE, *pictures)]
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise FastdlpError(f"{folder} is not a folder: name another --out")
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise FastdlpError(f"{folder} is not empty: name another --out, or write into it with --overwrite")
-    except OSError as error:
-        raise FastdlpError(f"cannot use {folder}: {error.strerror or error}; name another --out") from None
 
 
 def _draw(series: list[Series]) -> list[Section]:

@@ -53,11 +53,6 @@ class Execution:
         backend = pick_backend(config.backend, device, dtype, ranks)
         return Execution(device, group, backend, must_measure(config.backend, device, dtype, ranks), graphs)
 
-    @property
-    def largest_backend(self) -> str:
-        """The backend to plan memory for."""
-        return "triton" if self.measure else str(self.backend)
-
 
 def build_engine(
     configs: Sequence[TrainConfig],
@@ -73,10 +68,8 @@ def build_engine(
 
     Args:
         configs: resolved, with micro_batch.
-        method, built, partition: of all configs.
         labels: [samples] int64 class numbers.
-        execution: device, processes, backend, CUDA graphs.
-        progress, notice: as in `fastdlp.run.setup.prepare`.
+        progress, notice: `preparing` and `notice` of `fastdlp.run.setup.Callbacks`.
 
     Raises:
         FastdlpError: the adapters do not fit into memory.
@@ -90,18 +83,22 @@ def build_engine(
     # Padded wherever graphs may run, whether or not this process uses them, so that a resumed run pads alike.
     micro_batch = config.micro_batch or built.micro_batch
     schedule = Schedule(config.batch_size, config.local_epochs, micro_batch, mixed, padded=execution.graphs)
-    backend = execution.backend
+    backend, task = execution.backend, built.task
     if config.backend == "auto":
         if execution.measure and group.is_rank_zero:
             progress("the faster kernels")
-            backend = _measure(built, method, bank, hyper, schedule, slots, group, notice)
+            backend = "torch"  # of a task without LoRA in a tower
+            if isinstance(task, ImageTask | TextTask):
+                load = _load(task, slots, schedule, group)
+                backend = measured(task.tower, built.tokens, method, bank, hyper, load)
+                notice(f"--backend auto: {backend.reason}")
         backend = read_backend(group.broadcast_from_rank_zero(str(backend)))
-    if isinstance(built.task, ImageTask | TextTask):
-        built.task.tower = replace(built.task.tower, backend=backend)
+    if isinstance(task, ImageTask | TextTask):
+        task.tower = replace(task.tower, backend=backend)
     bank.backend = form_of(backend, "optimizer", bank.slots)
     runner = cuda_graphs(device, bank.tensors, None if config.cuda_graph else notice) if execution.graphs else None
     engine = SequentialEngine if method.sequential else Engine
-    return engine(method, bank, built.task, objective, hyper, slots, labels, schedule, group, runner), str(backend)
+    return engine(method, bank, task, objective, hyper, slots, labels, schedule, group, runner), str(backend)
 
 
 def _bank(method: Method, built: Built, configs: Sequence[TrainConfig], device: torch.device) -> AdapterBank:
@@ -157,27 +154,11 @@ def may_graph(requested: bool | None, method: Method, device: torch.device) -> b
     return can and requested is not False
 
 
-def _measure(
-    built: Built,
-    method: Method,
-    bank: AdapterBank,
-    hyper: Hyperparameters,
-    schedule: Schedule,
-    slots: Sequence[Slot],
-    group: ProcessGroup,
-    notice: Callable[[str], None],
-) -> str | Selection:
-    """The backends that `--backend auto` measures for these steps; torch for a task without LoRA in a tower."""
-    task = built.task
-    if not isinstance(task, ImageTask | TextTask):
-        return "torch"
+def _load(task: ImageTask | TextTask, slots: Sequence[Slot], schedule: Schedule, group: ProcessGroup) -> Load:
+    """The steps that `--backend auto` measures."""
     scored = min(task.scoring_batch, max(len(slot.test) for slot in slots))
-    clients = -(-len(slots) // group.world_size)
-    rows = task.rows(schedule.batch_size)
-    load = Load(clients, rows, task.rows(scored), schedule.micro_batch, schedule.padded)
-    selection = measured(task.tower, built.tokens, method, bank, hyper, load)
-    notice(f"--backend auto: {selection.reason}")
-    return selection
+    clients, rows = -(-len(slots) // group.world_size), task.rows(schedule.batch_size)
+    return Load(clients, rows, task.rows(scored), schedule.micro_batch, schedule.padded)
 
 
 def _hyperparameters(configs: Sequence[TrainConfig], bank: AdapterBank) -> Hyperparameters:

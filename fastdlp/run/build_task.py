@@ -19,7 +19,6 @@ from fastdlp.adapters.heads import HEADS, head_shapes, init_head
 from fastdlp.adapters.layout import Shapes
 from fastdlp.clip.load import Clip, class_prompts
 from fastdlp.clip.stem import ImageStem, TextStem, map_tensors
-from fastdlp.clip.tower import Tower
 from fastdlp.config import TrainConfig
 from fastdlp.data.cache import Pixels
 from fastdlp.data.transform import Transform
@@ -54,24 +53,15 @@ Init = Callable[[np.random.Generator], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Built:
-    """A task, and what the bank and the schedule derive from it.
-
-    Attributes:
-        task: runs the model.
-        sites: adapted linears of LoRA branches.
-        shapes, inits: tensors of the other branches by name, and functions that draw them.
-        micro_batch: rows per view that fit the memory.
-        weight_bytes: weights, moments and gradients of full fine-tuning; 0 otherwise.
-        tokens: per row that goes through a tower with LoRA.
-    """
+    """A task, and what the bank and the schedule derive from it."""
 
     task: ClassificationTask
-    sites: tuple[Site, ...]
-    shapes: dict[str, Shapes]
-    inits: dict[str, Init]
-    micro_batch: int
-    weight_bytes: int = 0
-    tokens: int = 0
+    sites: tuple[Site, ...]  # adapted linears of LoRA branches
+    shapes: dict[str, Shapes]  # of the tensors of the other branches, by branch
+    inits: dict[str, Init]  # functions that draw those tensors
+    micro_batch: int  # rows per view that fit the memory
+    weight_bytes: int = 0  # weights, moments and gradients of full fine-tuning; 0 otherwise
+    tokens: int = 0  # per row that goes through a tower with LoRA
 
 
 class _PixelBatches:
@@ -90,18 +80,26 @@ class _PixelBatches:
         return self.transform.normalize(pixels)
 
 
-@dataclass(frozen=True)
-class _FrozenParts:
-    """The frozen CLIP on its device, the data and the prompts for training and scoring."""
+class _Frozen:
+    """The frozen CLIP on its device, the data, and the prompts for training and for scoring."""
 
-    clip: Clip
-    image: Tower
-    text: Tower
-    image_stem: ImageStem
-    captions: tuple[list[str], list[str]]
-    prompts: tuple[Prompts, Prompts]
-    pixels: _PixelBatches
-    device: torch.device
+    def __init__(
+        self, config: TrainConfig, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device
+    ) -> None:
+        dtype, backend = DTYPES[config.precision], read_backend(config.backend)
+        template = config.template or pixels.template
+        training = template if config.caption == "dataset" else PLAIN_TEMPLATE
+        captions = (class_prompts(pixels.class_names, text) for text in (training, template))
+        self.ids = tuple(clip.tokenize(texts).to(device) for texts in captions)  # [K, context] each
+        stem = moved_stem(clip.text_stem, device)
+        with torch.no_grad():
+            embedded = [stem(ids) for ids in self.ids]
+        training_prompts, scoring_prompts = (Prompts(tokens.to(dtype), index) for tokens, index in embedded)
+        self.prompts = training_prompts, scoring_prompts
+        self.image = replace(clip.image.to(device, dtype), backend=backend)
+        self.text = replace(clip.text.to(device, dtype), backend=backend)
+        self.image_stem = moved_stem(clip.image_stem, device)
+        self.pixels = _PixelBatches(pixels, transform)
 
     def images(self) -> Tensor:
         """Features [samples, d] of the frozen encoder, not normalized."""
@@ -121,7 +119,7 @@ def build_task(
         FastdlpError: full fine-tuning does not fit into the device's memory.
     """
     dtype = DTYPES[config.precision]
-    parts = _parts(config, clip, pixels, transform, device, dtype)
+    frozen = _Frozen(config, clip, pixels, transform, device)
     branches = method.branches()
     modules = {module for branch in branches if isinstance(branch, Tensors) for module in branch.modules}
     classes, embed = len(pixels.class_names), clip.image.shape.embed
@@ -130,58 +128,39 @@ def build_task(
     inits = {b.name: _init(b.modules, shapes[b.name], clip, classes) for b in branches if isinstance(b, Tensors)}
     if "encoder" in modules:
         weight_bytes = _check_memory(shapes, device)
-        task: ClassificationTask = _full_task(config, parts, dtype)
+        names = frozenset(name for name in parameters if trains(name, config.encoder))
+        task: ClassificationTask = FullTask(
+            clip.net.to(device),
+            names,
+            config.encoder,
+            frozen.pixels,
+            frozen.ids,  # type: ignore[arg-type]
+            F.normalize(frozen.images(), dim=-1),
+            _normalized(frozen.classes()),
+            clip.logit_scale,
+            dtype,
+        )
         return Built(task, (), shapes, inits, config.batch_size, weight_bytes)
     if modules:
-        frozen = FrozenTask(config.encoder, parts.images(), parts.classes(), clip.logit_scale)
-        return Built(frozen, (), shapes, inits, len(pixels.labels))
+        task = FrozenTask(config.encoder, frozen.images(), frozen.classes(), clip.logit_scale)
+        return Built(task, (), shapes, inits, len(pixels.labels))
     tower = clip.tower(config.encoder)
-    sites = tower_sites(tower.shape)
     if config.encoder == "text":
-        task = TextTask(parts.text, parts.prompts, F.normalize(parts.images(), dim=-1), clip.logit_scale)
-        rows, tokens = len(pixels.class_names), parts.prompts[0].tokens.shape[1]
+        task = TextTask(frozen.text, frozen.prompts, F.normalize(frozen.images(), dim=-1), clip.logit_scale)
+        rows, tokens = classes, frozen.prompts[0].tokens.shape[1]
     else:
-        text = (F.normalize(f, dim=-1) for f in parts.classes())
         resident = int(memory_of(device) * RESIDENT_FRACTION)
-        source = TokenSource(parts.image_stem, parts.pixels, device, dtype, resident)
-        task = ImageTask(parts.image, source, tuple(text), clip.logit_scale)  # type: ignore[arg-type]
+        source = TokenSource(frozen.image_stem, frozen.pixels, device, dtype, resident)
+        task = ImageTask(frozen.image, source, _normalized(frozen.classes()), clip.logit_scale)
         rows, tokens = config.batch_size, len(clip.image_stem.positions)
     backend = "torch" if config.backend == "torch" else "triton"  # the larger one for a selection of both
     pools = 2 if config.cuda_graph else 1
     at_once = rows_at_once(tower.shape, tokens, tower.heads, dtype.itemsize, backend, device, rows, pools)
-    return Built(task, sites, shapes, inits, at_once, tokens=tokens)
+    return Built(task, tower_sites(tower.shape), shapes, inits, at_once, tokens=tokens)
 
 
-def _parts(
-    config: TrainConfig, clip: Clip, pixels: Pixels, transform: Transform, device: torch.device, dtype: torch.dtype
-) -> _FrozenParts:
-    template = config.template or pixels.template
-    training = template if config.caption == "dataset" else PLAIN_TEMPLATE
-    captions = class_prompts(pixels.class_names, training), class_prompts(pixels.class_names, template)
-    stem = moved_stem(clip.text_stem, device)
-    prompts = _prompts(clip, stem, captions[0], device, dtype), _prompts(clip, stem, captions[1], device, dtype)
-    backend = read_backend(config.backend)
-    image, text = (replace(tower.to(device, dtype), backend=backend) for tower in (clip.image, clip.text))
-    batches = _PixelBatches(pixels, transform)
-    return _FrozenParts(clip, image, text, moved_stem(clip.image_stem, device), captions, prompts, batches, device)
-
-
-def _full_task(config: TrainConfig, parts: _FrozenParts, dtype: torch.dtype) -> FullTask:
-    net = parts.clip.net.to(parts.device)
-    ids = tuple(parts.clip.tokenize(captions).to(parts.device) for captions in parts.captions)
-    images, classes = F.normalize(parts.images(), dim=-1), [F.normalize(f, dim=-1) for f in parts.classes()]
-    names = frozenset(name for name, _ in net.named_parameters() if trains(name, config.encoder))
-    return FullTask(
-        net,
-        names,
-        config.encoder,
-        parts.pixels,
-        (ids[0], ids[1]),
-        images,
-        (classes[0], classes[1]),
-        parts.clip.logit_scale,
-        dtype,
-    )
+def _normalized(classes: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return F.normalize(classes[0], dim=-1), F.normalize(classes[1], dim=-1)
 
 
 def branch_shapes(
@@ -189,12 +168,7 @@ def branch_shapes(
 ) -> dict[str, Shapes]:
     """Shapes of the tensors of every branch that is not a LoRA.
 
-    Args:
-        branches: of a method.
-        encoder: "image", "text" or "both".
-        parameters: all of the model's, by name.
-        embed: d of the joint space.
-        classes: K of the data.
+    `parameters` are the shapes of all of the model's, `embed` is d of the joint space.
     """
     found: dict[str, Shapes] = {}
     for branch in branches:
@@ -230,12 +204,6 @@ def _check_memory(shapes: Mapping[str, Shapes], device: torch.device) -> int:
             f"{device} has {have / 1e9:.1f} GB: use a smaller --model, or an adapter (--method flora)"
         )
     return need
-
-
-def _prompts(clip: Clip, stem: TextStem, captions: list[str], device: torch.device, dtype: torch.dtype) -> Prompts:
-    with torch.no_grad():
-        tokens, index = stem(clip.tokenize(captions).to(device))
-    return Prompts(tokens.to(dtype), index)
 
 
 def moved_stem(stem: Stem, device: torch.device) -> Stem:

@@ -14,25 +14,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import save_partition
 from fastdlp.errors import FastdlpError
-from fastdlp.files import check_free, read_json, write_atomic
+from fastdlp.files import atomic_folder, check_free, os_errors, read_json, write_atomic
 
 CONFIG, PARTITION, METRICS = "config.json", "partition.json", "metrics.jsonl"
 CHECKPOINT, ADAPTERS, SUMMARY = "checkpoint.safetensors", "adapters", "summary.json"
-# What parsing a damaged record raises.
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -45,47 +39,19 @@ class RunFolder:
             raise FastdlpError(f"{path} {what}: name a folder that fastdlp train wrote")
 
     @staticmethod
-    def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a folder that no run may be written to, see `fastdlp.files.check_free`."""
-        check_free(path, CONFIG, "run", overwrite)
-
-    @staticmethod
     def create(path: Path, config: TrainConfig, partition: Partition, ids: Sequence[str], overwrite: bool) -> RunFolder:
         """Create the folder with config and partition; it gets its name only when both are in it.
 
         Raises:
             FastdlpError: as `check_free`, or a write fails.
         """
-        RunFolder.check_free(path, overwrite)
-        named, path = path, Path(os.path.realpath(path))  # a link stays a link
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-            fresh.mkdir()
-        except OSError as error:
-            raise FastdlpError(
-                f"cannot write to {path.parent}: {error.strerror or error}; name another --out"
-            ) from None
-        old = fresh.with_name(fresh.name + ".old")
-        try:
+        check_free(path, CONFIG, "run", overwrite)
+        # A run that is still being written keeps its folder.
+        idle = RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext()
+        with idle, atomic_folder(path, replace=True) as fresh:
             write_atomic(fresh / CONFIG, config.to_json())
             save_partition(fresh / PARTITION, partition, ids)
-            # A run that is still being written keeps its folder.
-            with RunFolder(path).locked() if (path / CONFIG).is_file() else nullcontext():
-                if path.exists():
-                    os.replace(path, old)  # os.replace cannot overwrite a folder that is not empty
-                try:
-                    os.replace(fresh, path)
-                except OSError:
-                    if old.exists():
-                        os.replace(old, path)
-                    raise
-        except OSError as error:
-            raise FastdlpError(f"cannot write {named}: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        return RunFolder(named)
+        return RunFolder(path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,14 +67,15 @@ class RunFolder:
 
     def config(self) -> TrainConfig:
         """The resolved config of the run."""
+        path = self.path / CONFIG
+        with os_errors(f"read {path}"):
+            text = path.read_text(errors="replace")
         try:
-            config = TrainConfig.from_json((self.path / CONFIG).read_text(errors="replace"))
+            config = TrainConfig.from_json(text)
             config.check()
-            return config
         except FastdlpError as error:
-            raise FastdlpError(f"{self.path / CONFIG}: {error}") from None
-        except OSError as error:
-            raise FastdlpError(f"cannot read {self.path / CONFIG}: {error.strerror or error}") from None
+            raise FastdlpError(f"{path}: {error}") from None
+        return config
 
     def change_config(self, config: TrainConfig) -> None:
         """Replace the config of a run that gets more rounds, and remove its summary, which is outdated."""
@@ -118,52 +85,6 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary, or None while the run has not ended. Raises FastdlpError for a damaged one."""
         return read_summary(self.path, {"rounds"})
-
-    def started(self) -> bool:
-        """Whether a round is recorded."""
-        path = self.path / METRICS
-        return path.exists() and path.stat().st_size > 0
-
-    def append_round(self, line: dict[str, Any]) -> None:
-        """Add a round to metrics.jsonl. Raises FastdlpError if the write fails."""
-        try:
-            with open(self.path / METRICS, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise FastdlpError(f"cannot write {self.path / METRICS}: {error.strerror or error}") from None
-
-    def metrics(self, parse: Callable[[dict[str, Any]], T], rounds: int | None, hint: str) -> list[T]:
-        """Read metrics.jsonl without changing it.
-
-        Args:
-            parse: applied to every line, whose round number is checked; raises one of `DAMAGED` for an invalid line.
-            rounds: of a finished run; None for an unfinished one, whose last line may be incomplete.
-            hint: what to do about a damaged file, for the message.
-
-        Raises:
-            FastdlpError: the file cannot be read, a line is damaged, or the number of lines is not `rounds`.
-        """
-        path = self.path / METRICS
-        try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        except OSError as error:
-            raise FastdlpError(f"cannot read {path}: {error.strerror or error}") from None
-        if rounds is None and lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        parsed = []
-        for number, raw in enumerate(lines, 1):
-            try:
-                line = json.loads(raw)
-                if line["round"] != number:
-                    raise ValueError(f"it is of round {line['round']!r}")
-                parsed.append(parse(line))
-            except DAMAGED as error:
-                raise FastdlpError(f"{path} is damaged in line {number}: {describe(error)}; {hint}") from None
-        if rounds is not None and len(parsed) != rounds:
-            raise FastdlpError(f"{path} holds {len(parsed)} rounds and the run has {rounds}: {hint}")
-        return parsed
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
@@ -181,19 +102,19 @@ def read_summary(folder: Path, keys: set[str]) -> dict[str, Any] | None:
     return summary
 
 
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines to a .jsonl file. Raises FastdlpError if the write fails."""
+    with os_errors(f"write {path}"), open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list[dict[str, Any]]:
     """Remove from a .jsonl file everything from the first line that is incomplete or later than round `finished`.
 
-    Args:
-        path: the file, which may be missing.
-        finished: the last round to keep.
-        every_round: the file must hold exactly one line for each of the rounds 1 to `finished`.
-
-    Returns:
-        The lines that stay.
-
-    Raises:
-        FastdlpError: a line is missing; the file is left unchanged.
+    Returns the lines that stay. The file may be missing. With `every_round` it must hold exactly one line for each of
+    the rounds 1 to `finished`; otherwise it is left unchanged and FastdlpError raised.
     """
     lines: list[dict[str, Any]] = []
     data = path.read_bytes() if path.exists() else b""
@@ -212,8 +133,3 @@ def truncate_lines(path: Path, finished: int, every_round: bool = False) -> list
     if size < len(data):
         write_atomic(path, data[:size])
     return lines
-
-
-def describe(error: BaseException) -> str:
-    """One of `DAMAGED` as part of a message."""
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

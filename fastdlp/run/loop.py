@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,18 +17,7 @@ from fastdlp.engine.engine import Engine
 from fastdlp.engine.round_losses import RoundLosses, gather_losses
 from fastdlp.errors import FastdlpError
 from fastdlp.run.recorder import Recorder, zero_shot_accuracy
-from fastdlp.run.setup import Federation
-
-
-@dataclass
-class Callbacks:
-    """Functions that a caller may pass to observe or stop a run; the defaults do nothing."""
-
-    preparing: Callable[[str], None] = lambda text: None  # with a line for each stage of the preparation
-    notice: Callable[[str], None] = lambda text: None  # with a line about a machine-dependent choice
-    started: Callable[[Path, Federation, float, int], None] = lambda run, federation, zero_shot, finished: None
-    finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # with the best run's metrics
-    should_stop: Callable[[], bool] = lambda: False  # called after each round; True raises Stopped
+from fastdlp.run.setup import Callbacks
 
 
 class Stopped(Exception):
@@ -46,17 +34,15 @@ def run_rounds(
     callbacks: Callbacks,
     start_time: float,
     checkpoint: Callable[[int], None] | None = None,
-    on_failure: Callable[[Recorder, str], None] | None = None,
+    on_failure: Callable[[str, str], None] | None = None,
 ) -> list[Recorder]:
     """Run the rounds after `finished`; returns the recorders of the runs that completed.
 
     Args:
-        recorders: of runs that share an engine.
-        finished: rounds completed before.
-        callbacks: see `Callbacks`; `started` receives the first run.
+        recorders: of runs that share an engine; `callbacks.started` receives the first.
         start_time: `time.perf_counter()` before the preparation.
         checkpoint: saves the state after a round instead of each run's own checkpoint.
-        on_failure: called for a run that diverged, with the reason; the run then takes no further part.
+        on_failure: called with the folder name of a run that diverged and the reason; it takes no further part.
 
     Raises:
         FastdlpError: a run diverged and there is no `on_failure`; out of memory; a failed write.
@@ -69,9 +55,9 @@ def run_rounds(
     def save(number: int) -> None:
         if checkpoint is not None:
             checkpoint(number)
-            return
-        for recorder in running:
-            recorder.checkpoint(number)
+        else:
+            for recorder in running:
+                recorder.checkpoint(number)
 
     zero_shot = zero_shot_accuracy(first.federation)
     callbacks.started(first.run.path, first.federation, zero_shot, finished)
@@ -85,7 +71,7 @@ def run_rounds(
         for recorder, why in [(r, why) for r in running if (why := r.failure(number, losses))]:
             if on_failure is None:
                 raise FastdlpError(f"{why}; {recorder.run.path} keeps its last good checkpoint")
-            on_failure(recorder, why)
+            on_failure(recorder.run.path.name, why)
             running.remove(recorder)
             engine.idle |= set(recorder.federation.rows)
         for recorder in running:

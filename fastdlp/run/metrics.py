@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 import fastdlp
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.serialization import message_bytes
 from fastdlp.engine.engine import counted
 from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.run.setup import Federation
@@ -25,14 +27,11 @@ def round_line(
     message: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl.
+    """A line of metrics.jsonl, after the aggregation of a round, whose numbers begin with 1.
 
     Args:
-        federation: after the round's aggregation.
-        number: the round, from 1.
         losses: of the round's training, all slots of the engine.
-        hits: on the test samples of this run's clients.
-        val: on their validation samples.
+        hits, val: on the test and validation samples of this run's clients.
         message: bytes of one serialized global adapter.
         seconds: duration of the round.
     """
@@ -80,7 +79,6 @@ def summarize(
     lines: list[dict[str, Any]],
     hits: Hits,
     zero_shot: float,
-    message: int,
     preparation: float,
 ) -> dict[str, Any]:
     """The content of summary.json, from the lines of all rounds.
@@ -93,7 +91,6 @@ def summarize(
         lines: of all rounds.
         hits: of the last round on the test samples.
         zero_shot: accuracy of the frozen model.
-        message: bytes of one serialized global adapter.
         preparation: seconds before the first round.
     """
     config, engine = federation.config, federation.engine
@@ -135,10 +132,7 @@ def summarize(
         "per_class": _per_class(federation, hits),
         "empty_clients": federation.partition.empty,
         "bad_images": federation.pixels.bad,
-        "trainable_parameters": sum(engine.bank.parameters(name) for name in engine.bank.trained),
-        "uploaded_parameters": sum(engine.bank.layouts[name].weights for name in engine.method.shared),
-        "uploaded_bytes_per_client_round": message,
-        "downloaded_bytes_per_client_round": message,
+        **exchange_metrics(engine.bank, engine.method.shared),
         "uploaded_bytes_total": sum(c["bytes_sent"] for line in lines for c in line["clients"]),
         "downloaded_bytes_total": sum(c["bytes_received"] for line in lines for c in line["clients"]),
         "gates_zero_share": last["gates_zero_share"],
@@ -147,6 +141,17 @@ def summarize(
         "fastdlp_version": fastdlp.__version__,
         "seconds_preparation": round(preparation, 3),
         "seconds_total": round(preparation + sum(line["seconds"] for line in lines), 3),
+    }
+
+
+def exchange_metrics(bank: AdapterBank, shared: Sequence[str]) -> dict[str, int]:
+    """Parameters that a client trains and uploads, and the bytes of a message each way."""
+    message = message_bytes(bank, shared)
+    return {
+        "trainable_parameters": sum(bank.parameters(name) for name in bank.trained),
+        "uploaded_parameters": sum(bank.layouts[name].weights for name in shared),
+        "uploaded_bytes_per_client_round": message,
+        "downloaded_bytes_per_client_round": message,
     }
 
 

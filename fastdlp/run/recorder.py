@@ -19,7 +19,7 @@ from fastdlp.engine.round_losses import RoundLosses
 from fastdlp.errors import FastdlpError
 from fastdlp.files import write_atomic
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
-from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, truncate_lines
+from fastdlp.run.folder import ADAPTERS, CHECKPOINT, METRICS, RunFolder, append_lines, truncate_lines
 from fastdlp.run.metrics import Hits, accuracy_metrics, round_line, summarize
 from fastdlp.run.setup import Federation
 from fastdlp.run.trace import Trace
@@ -28,13 +28,7 @@ SERVER_FILE = "server.safetensors"
 
 
 class Recorder:
-    """Writes the folder of one run.
-
-    Args:
-        run: the folder.
-        federation: the run; its engine may hold other runs as well.
-        finished: completed rounds.
-    """
+    """Writes the folder of one run with `finished` completed rounds, whose engine may hold other runs as well."""
 
     def __init__(self, run: RunFolder, federation: Federation, finished: int) -> None:
         self.run, self.federation = run, federation
@@ -80,7 +74,7 @@ class Recorder:
         if self.trace:
             self.trace.write(number)
         if self.writes:
-            self.run.append_round(line)
+            append_lines(self.run.path / METRICS, [line])
         self.lines.append(line)
         return line
 
@@ -100,7 +94,7 @@ class Recorder:
         summary: dict[str, Any] | None = None  # only rank 0 has the lines of rounds before a resume
         if self.writes:
             _save_adapters(self.run.path / ADAPTERS, self.federation)
-            summary = summarize(self.federation, self.lines, hits, self.zero_shot, self.message, self.preparation)
+            summary = summarize(self.federation, self.lines, hits, self.zero_shot, self.preparation)
             self.run.write_summary(summary)
         return engine.group.all_gather(summary)[0]
 
@@ -120,7 +114,8 @@ def restore(run: RunFolder, federation: Federation) -> int:
     """
     path = run.path / CHECKPOINT
     if not path.exists():
-        if run.started():
+        metrics = run.path / METRICS
+        if metrics.exists() and metrics.stat().st_size:
             raise FastdlpError(
                 f"{path} is missing (a sweep's member that diverged has none): put it back, or start again with "
                 "--overwrite"

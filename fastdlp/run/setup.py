@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastdlp.clip.load import load_clip
 from fastdlp.config import TrainConfig
@@ -15,7 +16,6 @@ from fastdlp.data.cache import Pixels, load_pixels
 from fastdlp.data.partition import Partition
 from fastdlp.data.partition_file import load_partition, partition_of
 from fastdlp.data.registry import check_name, load_source
-from fastdlp.data.transform import Transform
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup
 from fastdlp.engine.engine import Engine
 from fastdlp.engine.schedule import Slot
@@ -54,39 +54,45 @@ class Federation:
         return self.engine.slots[self.rows.start : self.rows.stop]
 
 
+@dataclass
+class Callbacks:
+    """Functions that a caller may pass to observe or stop a run; the defaults do nothing."""
+
+    preparing: Callable[[str], None] = lambda text: None  # with a line for each stage of the preparation
+    notice: Callable[[str], None] = lambda text: None  # with a line about a machine-dependent choice
+    started: Callable[[Path, Federation, float, int], None] = lambda run, federation, zero_shot, finished: None
+    finished_round: Callable[[dict[str, Any]], None] = lambda line: None  # with the best run's metrics
+    should_stop: Callable[[], bool] = lambda: False  # called after each round; True raises Stopped
+
+
 def prepare(
     config: TrainConfig,
-    progress: Callable[[str], None] = lambda text: None,
+    callbacks: Callbacks | None = None,
     partition_file: Path | None = None,
     group: ProcessGroup | None = None,
-    notice: Callable[[str], None] = lambda text: None,
 ) -> Federation:
-    """Build a run from a config.
-
-    Args:
-        config: any config; it is resolved here.
-        progress: called with a line for each stage that takes time.
-        partition_file: read the partition from this file instead of deriving it from the config (a run's own record).
-        group: the processes that share the run; None refuses to run in several.
-        notice: called with a line about a choice that depends on the machine, now or during the first steps.
-
-    Raises:
-        FastdlpError: anything in the config that does not fit the machine, the data or the model.
-    """
-    return prepare_together([config], progress, partition_file, group, notice)[0]
+    """Build the run of one config, see `prepare_together`."""
+    return prepare_together([config], callbacks, partition_file, group)[0]
 
 
 def prepare_together(
     configs: Sequence[TrainConfig],
-    progress: Callable[[str], None] = lambda text: None,
+    callbacks: Callbacks | None = None,
     partition_file: Path | None = None,
     group: ProcessGroup | None = None,
-    notice: Callable[[str], None] = lambda text: None,
 ) -> list[Federation]:
     """Build runs that differ in learning rates, ξ, α and seed only, as federations of one engine.
 
-    Args, Raises: as `prepare`.
+    Args:
+        configs: any; they are resolved here.
+        callbacks: `preparing` and `notice` are called, `notice` also during the first steps.
+        partition_file: a run's own record, in place of the partition that the config describes.
+        group: the processes that share the runs; None refuses to run in several.
+
+    Raises:
+        FastdlpError: anything in a config that does not fit the machine, the data or the model.
     """
+    callbacks = callbacks or Callbacks()
     if group is None:
         refuse_several()
         group = SINGLE_PROCESS
@@ -98,23 +104,30 @@ def prepare_together(
     check_name(config.dataset)
     execution = Execution.of(config, method, group)
 
-    progress(f"weights of {config.model}")
+    callbacks.preparing(f"weights of {config.model}")
     clip = load_clip(config.model, config.pretrained, config.seed)
     transform = clip.transform if config.transform == "model" else replace(clip.transform, resize_mode="squash")
 
-    progress(f"images of {config.dataset}")
+    callbacks.preparing(f"images of {config.dataset}")
     with group.local_rank_zero_first():
-        pixels = read_pixels(config, transform)
-    partition = read_partition(config, pixels, partition_file)
+        source = load_source(config.dataset, config.data_dir, config.download)
+        pixels = load_pixels(source, transform, on_bad=config.bad_images)
+    if partition_file is not None:
+        partition = load_partition(partition_file, pixels.ids, pixels.name)
+    else:
+        partition = partition_of(config, pixels.labels, pixels.ids, pixels.name, pixels.fingerprint)
     _check_partition(partition, config)
 
-    progress("frozen features")
-    planned = replace(config, backend=execution.largest_backend, cuda_graph=execution.graphs)
+    callbacks.preparing("frozen features")
+    largest = "triton" if execution.measure else str(execution.backend)
+    planned = replace(config, backend=largest, cuda_graph=execution.graphs)
     built = build_task(planned, method, clip, pixels, transform, execution.device)
     micro_batch = config.micro_batch or built.micro_batch
     configs = [replace(c, clients=partition.clients, micro_batch=micro_batch) for c in configs]
 
-    engine, used = build_engine(configs, method, built, partition, pixels.labels, execution, progress, notice)
+    engine, used = build_engine(
+        configs, method, built, partition, pixels.labels, execution, callbacks.preparing, callbacks.notice
+    )
     # Where graphs may run, None stays: a resumed run pads alike and verifies its first replays again.
     configs = [replace(c, backend=used, cuda_graph=c.cuda_graph if execution.graphs else False) for c in configs]
     fingerprint = clip.fingerprint()
@@ -122,21 +135,6 @@ def prepare_together(
         Federation(c, engine, pixels, partition, fingerprint, number, built.weight_bytes)
         for number, c in enumerate(configs)
     ]
-
-
-def read_pixels(
-    config: TrainConfig, transform: Transform, progress: Callable[[int, int], None] | None = None
-) -> Pixels:
-    """The data set of a config, preprocessed or from the cache. Raises FastdlpError for data that is not there."""
-    source = load_source(config.dataset, config.data_dir, config.download)
-    return load_pixels(source, transform, on_bad=config.bad_images, progress=progress)
-
-
-def read_partition(config: TrainConfig, pixels: Pixels, record: Path | None = None) -> Partition:
-    """The partition of a config, drawn by scheme and seed or read from the file it names; or a run's recorded one."""
-    if record is not None:
-        return load_partition(record, pixels.ids, pixels.name)
-    return partition_of(config, pixels.labels, pixels.ids, pixels.name, pixels.fingerprint)
 
 
 def _check_partition(partition: Partition, config: TrainConfig) -> None:

@@ -19,16 +19,15 @@ from statistics import mean
 from typing import Any
 
 from fastdlp.config import TrainConfig
-from fastdlp.data.registry import check_name
 from fastdlp.errors import FastdlpError
-from fastdlp.files import remove_temporaries, write_atomic
+from fastdlp.files import check_free, remove_temporaries, write_atomic
 from fastdlp.methods import make_method, resolve
 from fastdlp.run.checkpoint import load_checkpoint, save_checkpoint
 from fastdlp.run.folder import CHECKPOINT, PARTITION, SUMMARY, RunFolder
-from fastdlp.run.loop import Callbacks, Stopped, run_rounds
+from fastdlp.run.loop import Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, identity
-from fastdlp.run.setup import Federation, prepare_together
-from fastdlp.run.sweep_folder import SweepFolder, member_name
+from fastdlp.run.setup import Callbacks, Federation, prepare_together
+from fastdlp.run.sweep_folder import FILE, SweepFolder, member_name
 
 METRICS = (  # of a member's summary, also in the sweep's
     "zero_shot",
@@ -87,10 +86,9 @@ def sweep(
     """Run every member of a grid together and return the sweep's summary (the content of summary.json).
 
     Args:
-        config: options that all members have in common; `out` is the sweep's folder.
-        grid: the members' values of lr, alpha and seed, in place of the config's.
-        overwrite: replace a sweep that is already at `out`.
-        callbacks: see `Callbacks`; `finished_round` gets the line of the best member.
+        config: what all members have in common; `out` is the sweep's folder.
+        overwrite: replace a sweep that is already there.
+        callbacks: `finished_round` gets the line of the best member.
 
     Raises:
         FastdlpError: invalid input, a failed write, or every member diverged.
@@ -99,13 +97,12 @@ def sweep(
     start_time = time.perf_counter()
     callbacks = callbacks or Callbacks()
     members = grid.configs(config)
-    check_name(config.dataset)
     if config.out is None:
         raise FastdlpError("a sweep needs a folder: pass --out")
     path = Path(config.out)
-    SweepFolder.check_free(path, overwrite)
-    federations = prepare_together(list(members.values()), callbacks.preparing, notice=callbacks.notice)
-    federations = [replace(f, config=replace(f.config, out=str(path / n))) for n, f in zip(members, federations)]
+    check_free(path, FILE, "sweep", overwrite)
+    configs = [replace(member, out=str(path / name)) for name, member in members.items()]
+    federations = prepare_together(configs, callbacks)
     folder = SweepFolder.create(path, list(members), overwrite)
     for name, f in zip(members, federations):
         RunFolder.create(path / name, f.config, f.partition, f.pixels.ids, overwrite)
@@ -130,7 +127,7 @@ def resume_sweep(path: Path, callbacks: Callbacks | None = None) -> dict[str, An
         if replace(config, **same) != configs[0]:
             raise FastdlpError(f"{config.out} has other options than the sweep's first member: put its config back")
     partition = path / folder.members[0] / PARTITION
-    federations = prepare_together(configs, callbacks.preparing, partition, notice=callbacks.notice)
+    federations = prepare_together(configs, callbacks, partition)
     finished = 0
     if (path / CHECKPOINT).exists():
         engine = federations[0].engine
@@ -151,11 +148,7 @@ def _run(
         if number:
             save_checkpoint(path / CHECKPOINT, engine, range(engine.bank.slots), number, identities)
 
-    def on_failure(recorder: Recorder, why: str) -> None:
-        folder.fail(recorder.run.path.name, why)
-        _check_alive(folder)
-
-    _check_alive(folder)
+    folder.check_alive()
     engine.idle = {row for name in folder.failed for row in members[name].rows}
     with ExitStack() as stack:
         runs = {name: run for name, run in folder.runs().items() if name not in folder.failed}
@@ -165,7 +158,7 @@ def _run(
         recorders = [Recorder(run, members[name], finished) for name, run in runs.items()]
         callbacks_ = replace(callbacks, started=lambda run, *facts: callbacks.started(path, *facts))
         try:
-            ended = run_rounds(recorders, finished, callbacks_, start_time, checkpoint, on_failure)
+            ended = run_rounds(recorders, finished, callbacks_, start_time, checkpoint, folder.fail)
         except Stopped as stopped:
             raise Stopped(path, stopped.finished, stopped.rounds, "sweep") from None
         summaries = {}
@@ -177,11 +170,6 @@ def _run(
         write_atomic(path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         (path / CHECKPOINT).unlink(missing_ok=True)
     return summary
-
-
-def _check_alive(folder: SweepFolder) -> None:
-    if len(folder.failed) == len(folder.members):
-        raise FastdlpError(f"every member of the sweep diverged; the first: {next(iter(folder.failed.values()))}")
 
 
 def summarise_sweep(

@@ -32,16 +32,7 @@ def member_name(config: TrainConfig) -> str:
 
 
 class SweepFolder:
-    """The folder of one sweep, which holds a record.
-
-    Attributes:
-        path: the folder.
-        members: names of the members' folders.
-        failed: the members that diverged, each with a one-line reason.
-
-    Raises:
-        FastdlpError: the folder holds no record, or a damaged one.
-    """
+    """The folder of one sweep. Raises FastdlpError where it holds no record, or a damaged one."""
 
     def __init__(self, path: Path) -> None:
         if not (path / FILE).is_file():
@@ -49,8 +40,8 @@ class SweepFolder:
         self.path = path
         document = read_json(path / FILE, "sweep")
         document = document if isinstance(document, dict) else {}
-        self.members: list[str] = document.get("members") or []
-        self.failed: dict[str, str] = document.get("failed")  # type: ignore[assignment]
+        self.members: list[str] = document.get("members") or []  # names of their folders
+        self.failed: dict[str, str] = document.get("failed")  # type: ignore[assignment] # those that diverged, and why
         if not (
             isinstance(self.members, list)
             and self.members
@@ -61,27 +52,28 @@ class SweepFolder:
             raise FastdlpError(f"{path / FILE} is damaged: start the sweep again with --out {path} --overwrite")
 
     @staticmethod
-    def check_free(path: Path, overwrite: bool) -> None:
-        """Refuse a folder that no sweep may be written to, see `fastdlp.files.check_free`."""
-        check_free(path, FILE, "sweep", overwrite)
-
-    @staticmethod
     def create(path: Path, members: Sequence[str], overwrite: bool) -> SweepFolder:
         """Create the folder with its record; with `overwrite`, an earlier sweep is removed first.
 
         Raises:
             FastdlpError: as `check_free`; another process writes to the earlier sweep; a write fails.
         """
-        SweepFolder.check_free(path, overwrite)
+        check_free(path, FILE, "sweep", overwrite)
         if (path / FILE).is_file():
             _remove(path)
         _write(path, members, {})
         return SweepFolder(path)
 
     def fail(self, member: str, why: str) -> None:
-        """Record that a member diverged."""
+        """Record that a member diverged, and check that others are left."""
         self.failed[member] = why
         _write(self.path, self.members, self.failed)
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """Raise FastdlpError where every member has diverged."""
+        if len(self.failed) == len(self.members):
+            raise FastdlpError(f"every member of the sweep diverged; the first: {next(iter(self.failed.values()))}")
 
     def runs(self) -> dict[str, RunFolder]:
         """The members' run folders. Raises FastdlpError where one is missing."""

@@ -11,16 +11,16 @@ encoders have the names of their own tensors after the branch. Full fine-tuning 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fastdlp.adapters.serialization import client_tensors, save_tensors, shared_tensors
 from fastdlp.engine.engine import Engine
-from fastdlp.errors import FastdlpError
-from fastdlp.run.folder import truncate_lines
+from fastdlp.files import os_errors
+from fastdlp.run.folder import append_lines, truncate_lines
 
 FOLDER, BATCHES = "trace", "batches.jsonl"
 
@@ -30,10 +30,8 @@ class Trace:
 
     def __init__(self, run: Path, engine: Engine, ids: Sequence[str], finished: int = 0) -> None:
         self.path, self.engine, self.ids = run / FOLDER, engine, ids
-        try:
+        with os_errors(f"write {self.path}"):
             self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise FastdlpError(f"cannot write {self.path}: {error.strerror or error}") from None
         truncate_lines(self.path / BATCHES, finished)
         self._clients: dict[str, Tensor] = {}
         if not finished:
@@ -56,14 +54,10 @@ class Trace:
         server = shared_tensors(self.engine.bank, self.engine.server)
         tensors = self._clients | {f"server/{name}": tensor for name, tensor in server.items()}
         save_tensors(self.path / f"round-{number:04d}.safetensors", tensors, {"round": str(number)})
-        try:
-            with open(self.path / BATCHES, "a") as file:
-                file.writelines(self._batch_lines(number))
-        except OSError as error:
-            raise FastdlpError(f"cannot write {self.path / BATCHES}: {error.strerror or error}") from None
+        append_lines(self.path / BATCHES, self._batch_lines(number))
         self._clients.clear()
 
-    def _batch_lines(self, number: int) -> Iterator[str]:
+    def _batch_lines(self, number: int) -> Iterator[dict[str, Any]]:
         for slot, step, samples in self.engine.ordered_batches(number) if number else ():
             client, names = self.engine.slots[slot].client, [self.ids[int(i)] for i in samples]
-            yield json.dumps({"round": number, "client": client, "step": step, "samples": names}) + "\n"
+            yield {"round": number, "client": client, "step": step, "samples": names}

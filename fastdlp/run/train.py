@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from fastdlp.config import TrainConfig, differences
-from fastdlp.data.registry import check_name
 from fastdlp.engine.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from fastdlp.errors import FastdlpError
-from fastdlp.files import remove_temporaries
+from fastdlp.files import check_free, remove_temporaries
 from fastdlp.methods import make_method, resolve
 from fastdlp.processes import refuse_several
-from fastdlp.run.folder import PARTITION, RunFolder
-from fastdlp.run.loop import Callbacks, Stopped, run_rounds
+from fastdlp.run.folder import CONFIG, PARTITION, RunFolder
+from fastdlp.run.loop import Stopped, run_rounds
 from fastdlp.run.recorder import Recorder, restore
-from fastdlp.run.setup import prepare, prepare_together
+from fastdlp.run.setup import Callbacks, prepare, prepare_together
 
 __all__ = ["Callbacks", "Stopped", "batched_by_seed", "resume", "train", "train_together"]
 
@@ -56,16 +55,8 @@ def train_together(
 ) -> list[dict[str, Any]]:
     """Run federations that differ in seed, α and learning rates only, in one engine; returns their summaries.
 
-    Each has its own folder and checkpoints and can be resumed alone.
-
-    Args:
-        configs: each with an `out` of its own.
-        overwrite: replace runs that are already there.
-        callbacks: see `Callbacks`; they receive the start of the first run and the rounds of the best.
-
-    Raises:
-        FastdlpError: invalid input, a failed write, a loss of any run that is not finite, several processes.
-        Stopped: `callbacks.should_stop` returned True.
+    Each has its own `out` and checkpoints and can be resumed alone. The callbacks receive the start of the first run
+    and the rounds of the best. Raises as `train`, and FastdlpError in several processes.
     """
     refuse_several()
     return _train(configs, overwrite, callbacks or Callbacks(), SINGLE_PROCESS)
@@ -79,12 +70,11 @@ def _train(
     callbacks = _rank_zero_only(callbacks, group)
     paths = [Path(config.out or "") for config in configs]
     with group.sync_errors():
-        check_name(configs[0].dataset)
         for path in paths if group.is_rank_zero else ():
-            RunFolder.check_free(path, overwrite)
+            check_free(path, CONFIG, "run", overwrite)
     with group.sync_errors():
-        prepared = prepare_together(configs, callbacks.preparing, group=group, notice=callbacks.notice)
-    federations = [replace(f, config=replace(f.config, out=str(path))) for f, path in zip(prepared, paths)]
+        configs = [replace(config, out=str(path)) for config, path in zip(configs, paths)]
+        federations = prepare_together(configs, callbacks, group=group)
     with ExitStack() as stack:
         with group.sync_errors():
             for f, path in zip(federations, paths) if group.is_rank_zero else ():
@@ -145,7 +135,7 @@ def _resume(
         summary = run.summary()
         if summary is not None and summary["rounds"] == requested.rounds:
             return summary
-        federation = prepare(requested, callbacks.preparing, run.path / PARTITION, group, callbacks.notice)
+        federation = prepare(requested, callbacks, run.path / PARTITION, group)
         finished = restore(run, federation)
         if finished > (requested.rounds or 0):
             raise FastdlpError(

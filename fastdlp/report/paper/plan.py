@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,13 +52,8 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         """The table's entries, in order."""
-        return [
-            Cell(encoder, beta, method, dataset)
-            for encoder in self.encoders
-            for beta in self.betas
-            for dataset in self.datasets
-            for method in self.methods
-        ]
+        cells = product(self.encoders, self.betas, self.datasets, self.methods)
+        return [Cell(encoder, beta, method, dataset) for encoder, beta, dataset, method in cells]
 
     def config(self, cell: Cell, seed: int) -> TrainConfig:
         """The config of one run, with its folder."""
@@ -66,10 +62,7 @@ class Plan:
         if partition_seed:
             name += f"-partition{partition_seed}"
         return TrainConfig(
-            method=cell.method,
-            encoder=cell.encoder,  # type: ignore[arg-type]
-            dataset=cell.dataset,
-            beta=cell.beta,
+            **asdict(cell),
             seed=seed,
             partition_seed=partition_seed,
             lr=self.lr.get(cell.method),
@@ -85,14 +78,14 @@ class Plan:
 def make_plan(
     name: str,
     runs: Path,
-    datasets: Sequence[str] | None = None,
-    encoders: Sequence[str] | None = None,
-    betas: Sequence[float] | None = None,
-    methods: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
+    dataset: Sequence[str] = (),
+    encoder: Sequence[str] = (),
+    beta: Sequence[float] = (),
+    method: Sequence[str] = (),
+    seed: Sequence[int] = (),
     partition_seeds: str = "fixed",
     target: float | None = None,
-    lr: Sequence[str] | None = None,
+    lr: Sequence[str] = (),
     **options: Any,
 ) -> Plan:
     """A plan from checked options; the default is the whole table in the paper's setting.
@@ -100,8 +93,8 @@ def make_plan(
     Args:
         name: table1 … table8, figure2.
         runs: the folder that holds the run folders.
-        datasets, encoders, betas, methods: restrict the table. `datasets` = ["digits"]: smoke runs, embedded model.
-        seeds: of training, in place of 0, 1 and 42.
+        dataset, encoder, beta, method: restrict the table. `dataset` = ["digits"]: smoke runs, embedded model.
+        seed: seeds of training, in place of 0, 1 and 42.
         partition_seeds: "fixed": 0 for all seeds; "seed": equal to the training seed.
         target: accuracy as a fraction, in place of the paper's (communication tables only).
         lr: "method=value" each, in place of the method's default.
@@ -115,13 +108,13 @@ def make_plan(
         raise FastdlpError(f"--runs {runs} is not a folder: name another")
     if (runs / CONFIG).exists():
         raise FastdlpError(f"--runs {runs} is a run itself: name the folder that holds the runs")
-    smoke = SMOKE in (datasets or ())
-    if smoke and len(set(datasets or ())) > 1:
+    smoke = SMOKE in dataset
+    if smoke and len(set(dataset)) > 1:
         raise FastdlpError(f"--dataset {SMOKE} is a smoke run with the embedded model: give it alone")
-    known_betas = tuple(betas) if betas and table.kind == "curve" else table.betas  # a curve's β is not published
+    known_betas = tuple(beta) if beta and table.kind == "curve" else table.betas  # a curve's β is not published
     if partition_seeds not in PARTITION_SEEDS:
         raise FastdlpError(f"unknown --partition-seeds {partition_seeds!r}: choose from {', '.join(PARTITION_SEEDS)}")
-    chosen_methods = _chosen("--method", methods, table.methods, name)
+    methods = _chosen("--method", method, table.methods, name)
     given = {key: value for key, value in options.items() if value is not None}
     if "model" not in given:
         given = ({"model": EMBEDDED_MODEL} if smoke else PAPER_MODEL) | given
@@ -129,14 +122,14 @@ def make_plan(
         name=name,
         table=table,
         runs=runs,
-        datasets=(SMOKE,) if smoke else _chosen("--dataset", datasets, DATASETS, name, also=(SMOKE,)),
-        encoders=_chosen("--encoder", encoders, table.encoders, name),
-        betas=_chosen("--beta", betas, known_betas, name),
-        methods=chosen_methods,
-        seeds=tuple(dict.fromkeys(seeds or SEEDS)),
+        datasets=(SMOKE,) if smoke else _chosen("--dataset", dataset, DATASETS, name, also=(SMOKE,)),
+        encoders=_chosen("--encoder", encoder, table.encoders, name),
+        betas=_chosen("--beta", beta, known_betas, name),
+        methods=methods,
+        seeds=tuple(dict.fromkeys(seed or SEEDS)),
         partition_seeds=partition_seeds,
         target=_target(target, table, smoke),
-        lr=_learning_rates(lr or [], chosen_methods, name),
+        lr=_learning_rates(lr, methods, name),
         options=given,
     )
     for config in plan.configs():
@@ -145,10 +138,10 @@ def make_plan(
 
 
 def _chosen(
-    option: str, given: Sequence[T] | None, known: tuple[T, ...], table: str, also: tuple[T, ...] = ()
+    option: str, given: Sequence[T], known: tuple[T, ...], table: str, also: tuple[T, ...] = ()
 ) -> tuple[T, ...]:
     """The values given, each once, or all known ones. Raises FastdlpError for one that the table does not have."""
-    for value in given or ():
+    for value in given:
         if value not in known + also:
             raise FastdlpError(f"{table} has no {option} {value}: choose from {', '.join(map(str, known + also))}")
     return tuple(dict.fromkeys(given or known))

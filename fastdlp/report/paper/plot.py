@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import product
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from fastdlp.report.paper.compare import Row
 from fastdlp.report.paper.plan import Plan
 from fastdlp.report.style import FAINT, INK, PALETTE, look, panels, png, rounds_axis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _COLOURS = dict(zip(("feddlp", "local-sora", "flora", "feddat", "fedclip", "combined"), PALETTE)) | {"local": FAINT}
 # The panels of bars by kind of table: label, our result (with the reported round in place of {}) and its error bar, the
@@ -30,11 +29,7 @@ _BARS = {
 
 def draw_bars(plan: Plan, rows: Sequence[Row]) -> bytes:
     """A PNG of a table: a panel for each encoder, β and metric, a group of bars for each data set."""
-    from matplotlib.patches import Patch
-
-    shown = [
-        (encoder, beta, bars) for encoder in plan.encoders for beta in plan.betas for bars in _BARS[plan.table.kind]
-    ]
+    shown = list(product(plan.encoders, plan.betas, _BARS[plan.table.kind]))
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     methods = len(plan.methods)
     with look():
@@ -61,7 +56,7 @@ def draw_bars(plan: Plan, rows: Sequence[Row]) -> bytes:
 
 def draw_curves(plan: Plan, rows: Sequence[Row]) -> bytes:
     """A PNG of accuracy by round: the mean over seeds in a band of ± one standard deviation."""
-    shown = [(e, b, d) for e in plan.encoders for b in plan.betas for d in plan.datasets]
+    shown = list(product(plan.encoders, plan.betas, plan.datasets))
     columns = len(plan.datasets)
     with look():
         figure, grid = panels(len(shown), columns, 2.6, max(5.0, 3.2 * columns))

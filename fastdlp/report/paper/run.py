@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import signal
@@ -15,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from fastdlp.config import TrainConfig, differences
+from fastdlp.config import OPTIONS, TrainConfig, differences
 from fastdlp.errors import FastdlpError
+from fastdlp.files import check_free
 from fastdlp.methods import resolve
-from fastdlp.report.paper.ledger import read_ledger
-from fastdlp.run.folder import RunFolder
+from fastdlp.report.compare import MACHINE_OPTIONS
+from fastdlp.report.read import read_finished
+from fastdlp.run.folder import CONFIG, RunFolder
 
-# Options that may differ between a finished run and the plan.
-_MACHINE = ("device", "backend", "micro_batch", "cuda_graph", "trace")
 _POLL = 0.2  # seconds
 
 
@@ -34,9 +33,7 @@ class Interrupted(Exception):
 class PlanCallbacks:
     """Called while the runs of a plan are executed, with the name of a run."""
 
-    started: Callable[[str], None] = lambda name: None
-    preparing: Callable[[str, str], None] = lambda name, text: None
-    finished_round: Callable[[str, dict[str, Any]], None] = lambda name, line: None  # only with one job
+    status: Callable[[str, str], None] = lambda name, text: None  # "started"; with one job also what it is doing
     finished: Callable[[str], None] = lambda name: None
     should_stop: Callable[[], bool] = lambda: False
 
@@ -56,17 +53,13 @@ def complete(configs: Sequence[TrainConfig], jobs: int, devices: Sequence[str], 
     When a run fails, the others stop after their current round.
 
     Args:
-        configs: with `out`.
         jobs: concurrent runs; if more than one, each is a process, and they share this machine's threads.
         devices: the runs are distributed over them; empty: each config's own.
-        callbacks: see `PlanCallbacks`.
 
     Raises:
         FastdlpError: bad input; names the run.
         Interrupted: `callbacks.should_stop` returned True.
     """
-    for config in configs:
-        resolve(config)
     if jobs == 1:
         _run_here([replace(c, device=devices[0]) if devices else c for c in configs], callbacks)
     else:
@@ -76,50 +69,58 @@ def complete(configs: Sequence[TrainConfig], jobs: int, devices: Sequence[str], 
 def _finished(config: TrainConfig) -> bool:
     path = _folder(config)
     try:
-        RunFolder.check_free(path, overwrite=True)
+        check_free(path, CONFIG, "run", overwrite=True)
     except FastdlpError as error:
         raise FastdlpError(str(error).replace("--out", "--runs")) from None
     if not _has_started(path):
         return False
     folder = RunFolder(path)
     found = folder.config()
-    expected = replace(resolve(config), **{name: getattr(found, name) for name in _MACHINE})
+    expected = replace(resolve(config), **{name: getattr(found, name) for name in MACHINE_OPTIONS})
     if other := differences(found, expected):
         raise FastdlpError(f"{path} was run with {', '.join(other)}: give the same options, or name another --runs")
     if folder.summary() is None:
         return False
-    read_ledger(path)
+    read_finished(path)
     return True
 
 
 def _run_here(configs: Sequence[TrainConfig], callbacks: PlanCallbacks) -> None:
     """In this process: runs to resume one by one, new ones in batches that differ in their seed and share one bank."""
-    from fastdlp.run.train import Callbacks, Stopped, batched_by_seed, resume, train_together
+    from fastdlp.run.train import batched_by_seed
 
     started = [config for config in configs if _has_started(_folder(config))]
     new = batched_by_seed([config for config in configs if config not in started])
     for batch in [[config] for config in started] + new:
-        path = _folder(batch[0])
-        name = path.name if len(batch) == 1 else f"{path.name} and {len(batch) - 1} other seeds"
         if callbacks.should_stop():
             raise Interrupted
-        callbacks.started(name)
-        train_callbacks = Callbacks(
-            preparing=functools.partial(callbacks.preparing, name),
-            finished_round=functools.partial(callbacks.finished_round, name),
-            should_stop=callbacks.should_stop,
-        )
-        try:
-            if batch[0] in started:
-                resume(path, given=_data(batch[0]), callbacks=train_callbacks)
-            else:
-                train_together(batch, callbacks=train_callbacks)
-        except Stopped:
-            raise Interrupted from None
-        except FastdlpError as error:
-            raise FastdlpError(f"{path}: {error}") from None
+        _run_batch(batch, batch[0] in started, callbacks)
         for config in batch:
             callbacks.finished(_folder(config).name)
+
+
+def _run_batch(batch: list[TrainConfig], started: bool, callbacks: PlanCallbacks) -> None:
+    from fastdlp.run.train import Callbacks, Stopped, resume, train_together
+
+    path = _folder(batch[0])
+    status = functools.partial(
+        callbacks.status, path.name if len(batch) == 1 else f"{path.name} and {len(batch) - 1} other seeds"
+    )
+    status("started")
+    train_callbacks = Callbacks(
+        preparing=status,
+        finished_round=lambda line: status(f"round {line['round']}, accuracy {line['accuracy']:.3f}"),
+        should_stop=callbacks.should_stop,
+    )
+    try:
+        if started:
+            resume(path, given=_data(batch[0]), callbacks=train_callbacks)
+        else:
+            train_together(batch, callbacks=train_callbacks)
+    except Stopped:
+        raise Interrupted from None
+    except FastdlpError as error:
+        raise FastdlpError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -127,7 +128,7 @@ class _Job:
     path: Path
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
-    device: int
+    device: str | None
 
     def message(self) -> str:
         """The last line that the process wrote to stderr."""
@@ -137,26 +138,24 @@ class _Job:
 
 
 def _run_processes(configs: Sequence[TrainConfig], jobs: int, devices: Sequence[str], callbacks: PlanCallbacks) -> None:
-    """As processes, at most `jobs` at a time."""
+    """As processes, at most `jobs` at a time, over which the devices are distributed."""
     from fastdlp.data.registry import load_source
 
     for dataset, folder in dict.fromkeys((config.dataset, config.data_dir) for config in configs if config.download):
         load_source(dataset, folder, download=True)  # not by several processes at once
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // jobs)
+    free = [devices[job % len(devices)] if devices else None for job in range(jobs)]
     waiting, running = list(configs), list[_Job]()
     stopping, failed = False, None
     try:
         while running or (waiting and not stopping):
-            while waiting and len(running) < jobs and not stopping:
-                config = waiting.pop(0)
-                at = min(range(len(devices)), key=lambda i: sum(job.device == i for job in running), default=-1)
-                if at >= 0:
-                    config = replace(config, device=devices[at])
-                running.append(_start(config, threads, at))
-                callbacks.started(running[-1].path.name)
+            while waiting and free and not stopping:
+                running.append(_start(waiting.pop(0), threads, free.pop(0)))
+                callbacks.status(running[-1].path.name, "started")
             time.sleep(_POLL)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
+                free.append(job.device)
                 with job.errors:
                     if job.process.returncode == 0:
                         callbacks.finished(job.path.name)
@@ -177,10 +176,10 @@ def _run_processes(configs: Sequence[TrainConfig], jobs: int, devices: Sequence[
         raise Interrupted
 
 
-def _start(config: TrainConfig, threads: int, device: int) -> _Job:
+def _start(config: TrainConfig, threads: int, device: str | None) -> _Job:
     """Start `fastdlp train` in a process group of its own, so that this process alone handles Ctrl-C."""
     path = _folder(config)
-    options = _options(config)
+    options = _options(replace(config, device=device or config.device))
     if _has_started(path):
         options = ["--resume", str(path), *_options(TrainConfig(**_data(config)))]
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
@@ -203,18 +202,15 @@ def _data(config: TrainConfig) -> dict[str, Any]:
 def _options(config: TrainConfig) -> list[str]:
     """The arguments of `fastdlp train` for this config."""
     arguments: list[str] = []
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
+    for name, option in OPTIONS.items():
+        value = getattr(config, name)
         if value != option.default:
-            flag = "--" + option.name.replace("_", "-")
-            arguments += [flag] if value is True else [flag, str(value)]
+            arguments += [option.flag] if value is True else [option.flag, str(value)]
     return arguments
 
 
 def _folder(config: TrainConfig) -> Path:
-    if config.out is None:
-        raise ValueError("a run of a table has a folder")
-    return Path(config.out)
+    return Path(str(config.out))
 
 
 def _has_started(path: Path) -> bool:

@@ -7,7 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from fastdlp.config import TrainConfig
 from fastdlp.files import write_atomic
@@ -15,11 +17,8 @@ from fastdlp.methods import resolve
 from fastdlp.report.paper.compare import ROUNDS, Row, compare, curve_rows, read_runs
 from fastdlp.report.paper.plan import PAPER_MODEL, PAPER_ROUNDS, Plan
 from fastdlp.report.paper.plot import draw_bars, draw_curves
+from fastdlp.report.text import number
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-NOTHING = "–"
 Column = tuple[str, Callable[[Row], str]]
 
 
@@ -29,7 +28,7 @@ def write_comparison(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -
     Raises:
         FastdlpError: a damaged run, or a file that cannot be written.
     """
-    found = read_runs(plan, [config.out for config in missing])
+    found = read_runs(plan, missing)
     rows = compare(plan, found)
     picture = f"{plan.name}.png"
     curve = curve_rows(plan, found) if plan.table.kind == "curve" else None
@@ -48,7 +47,7 @@ def columns(plan: Plan, missing: Sequence[TrainConfig]) -> list[Column]:
     else:
         found = _result_columns(plan)
     if missing:
-        found.append(("seeds", lambda row: f"{row['seeds']} of {len(plan.seeds)}" if row["seeds"] else NOTHING))
+        found.append(("seeds", lambda row: f"{row['seeds']} of {len(plan.seeds)}" if row["seeds"] else "–"))
     return found
 
 
@@ -88,17 +87,12 @@ def notes(plan: Plan, missing: Sequence[TrainConfig]) -> list[str]:
         found.append(f"The paper's setting differs: {paper}.")
     if missing:
         names = ", ".join(str(config.out) for config in missing)
-        found.append(
-            f"{len(missing)} of {len(configs)} runs are missing ({NOTHING} where an entry has no run): {names}."
-        )
+        found.append(f"{len(missing)} of {len(configs)} runs are missing (– where an entry has no run): {names}.")
     return found
 
 
 def rich_table(plan: Plan, heading: str, rows: Sequence[Row], missing: Sequence[TrainConfig]) -> Table:
     """One section for the terminal; headings wrap between words, cells do not."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("data set", no_wrap=True)
     table.add_column("method", no_wrap=True)
@@ -108,8 +102,8 @@ def rich_table(plan: Plan, heading: str, rows: Sequence[Row], missing: Sequence[
         table.add_column(name, justify="right", min_width=longest)
     for dataset, part in groupby(rows, key=lambda row: str(row["dataset"])):
         table.add_section()
-        for number, row in enumerate(part):
-            table.add_row("" if number else dataset, row["method"], *(text(row) for _, text in shown))
+        for index, row in enumerate(part):
+            table.add_row("" if index else dataset, row["method"], *(text(row) for _, text in shown))
     return table
 
 
@@ -154,33 +148,29 @@ def _result_columns(plan: Plan, metric: str = "", heading: str = "") -> list[Col
     if plan.table.kind != "curve":
         prefix = f"{metric}_" if metric else ""
         found.append(("paper", lambda row: _with_std(row, f"{prefix}paper", f"{prefix}paper_std")))
-        found.append(("difference", lambda row: _number(row[f"{prefix}difference"], "+.2f")))
+        found.append(("difference", lambda row: number(row[f"{prefix}difference"], "+.2f")))
     return found
 
 
 def _communication_columns() -> list[Column]:
     def ours(name: str, spec: str) -> Callable[[Row], str]:
-        return lambda row: "not reached" if row[name] is None and row["seeds"] else _number(row[name], spec)
+        return lambda row: "not reached" if row[name] is None and row["seeds"] else number(row[name], spec)
 
     return [
-        ("target %", lambda row: _number(row["target"], "g")),
-        ("rounds, each seed", lambda row: row["rounds"] or NOTHING),
+        ("target %", lambda row: number(row["target"], "g")),
+        ("rounds, each seed", lambda row: row["rounds"] or "–"),
         ("MB as the paper counts", ours("mb", ".2f")),
         ("bytes of messages", ours("bytes", ",")),
-        ("paper: target %", lambda row: _number(row["paper_target"], "g")),
-        ("paper: rounds", lambda row: _number(row["paper_rounds"], "d")),
-        ("paper: MB", lambda row: _number(row["paper_mb"], ".2f")),
-        ("difference", lambda row: _number(row["difference"], "+.2f")),
+        ("paper: target %", lambda row: number(row["paper_target"], "g")),
+        ("paper: rounds", lambda row: number(row["paper_rounds"], "d")),
+        ("paper: MB", lambda row: number(row["paper_mb"], ".2f")),
+        ("difference", lambda row: number(row["difference"], "+.2f")),
     ]
 
 
 def _with_std(row: Row, mean: str, std: str) -> str:
-    text = _number(row[mean], ".2f")
+    text = number(row[mean], ".2f")
     return text if row[mean] is None or row.get(std) is None else f"{text} ± {row[std]:.2f}"
-
-
-def _number(value: Any, spec: str) -> str:
-    return NOTHING if value is None else format(value, spec)
 
 
 def _explanation(plan: Plan) -> list[str]:
