@@ -174,13 +174,13 @@ def make_model(folder: Path, config: dict[str, Any], seed: int) -> None:
 
 
 def make_images(folder: Path, classes: int = 4, each: int = 13) -> None:
-    """Blurred noise on a class's colour, wide and tall."""
+    """Blurred noise on a class's color, wide and tall."""
     rng = np.random.default_rng(0)
     for c in range(classes):
         (folder / f"kind_{c}").mkdir(parents=True)
-        colour = rng.uniform(60, 200, 3)
+        color = rng.uniform(60, 200, 3)
         for i in range(each):
-            coarse = np.clip(colour + rng.normal(0, 50, (5, 5, 3)), 0, 255).astype(np.uint8)
+            coarse = np.clip(color + rng.normal(0, 50, (5, 5, 3)), 0, 255).astype(np.uint8)
             size = (40 + 4 * (i % 5), 60 - 4 * (i % 7))
             Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"kind_{c}/{i:02d}.png")
 

@@ -29,7 +29,7 @@ class Series:
 
     label: str
     runs: list[Run]
-    colour: str
+    color: str
     dash: Any
 
     def name(self, run: Run) -> str:

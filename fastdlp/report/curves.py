@@ -56,7 +56,7 @@ def exchange_figure(series: Sequence[Series]) -> bytes:
         else:
             level = float(np.mean([run.accuracy[-1] for run in one.runs]))
             label = f"{one.label} (nothing; last round)"
-            axes.axhline(level, color=one.colour, linestyle=one.dash, lw=1.1, label=label)
+            axes.axhline(level, color=one.color, linestyle=one.dash, lw=1.1, label=label)
     ends = [bytes_[-1] for bytes_ in exchanging]
     if not ends:
         axes.set_xlim(0, 1)
@@ -117,17 +117,17 @@ def _all_runs(axes: Axes, series: Sequence[Series]) -> None:
             points = {"last": (run.rounds, float(run.accuracy[-1])), "best": run.best, "chosen": run.chosen}
             for mark, point in points.items():
                 if point is not None:
-                    _mark(axes, mark, one.colour, point)
+                    _mark(axes, mark, one.color, point)
     for mark, (name, _, _) in MARKS.items():
         if mark != "chosen" or any(run.chosen for run in runs):
             _mark(axes, mark, FAINT, ([], []), label=name)
     rounds_axis(axes, max(run.rounds for run in runs))
 
 
-def _mark(axes: Axes, mark: str, colour: str, point: tuple[Any, Any], **options: Any) -> None:
+def _mark(axes: Axes, mark: str, color: str, point: tuple[Any, Any], **options: Any) -> None:
     _, shape, size = MARKS[mark]
-    inside = colour if mark == "last" else "none"
-    axes.plot(*point, shape, color=colour, mfc=inside, ms=size, mew=1.1, zorder=4, **options)
+    inside = color if mark == "last" else "none"
+    axes.plot(*point, shape, color=color, mfc=inside, ms=size, mew=1.1, zorder=4, **options)
 
 
 def _curves(
@@ -139,10 +139,10 @@ def _curves(
     """A thin line per seed and a thick one for their mean; a single run is thick."""
     if len(series.runs) > 1:
         for run in series.runs:
-            axes.plot(x(run), y(run), color=series.colour, lw=0.7, alpha=0.45)
+            axes.plot(x(run), y(run), color=series.color, lw=0.7, alpha=0.45)
     means = _seeds_mean(series, x), _seeds_mean(series, y)
     point = "." if len(means[0]) == 1 else None  # a line of one round would be invisible
-    axes.plot(*means, color=series.colour, linestyle=series.dash, marker=point, label=_name(series), zorder=3)
+    axes.plot(*means, color=series.color, linestyle=series.dash, marker=point, label=_name(series), zorder=3)
 
 
 def _name(series: Series) -> str:
@@ -163,11 +163,11 @@ def _spread(axes: Axes, series: Series, mean: bool) -> None:
     rounds = np.arange(1, len(middle) + 1)
     label = "clients, lowest to highest"
     if len(rounds) == 1:  # the band would have no width
-        axes.vlines(rounds, lowest, highest, color=series.colour, alpha=0.3, lw=8, label=label)
+        axes.vlines(rounds, lowest, highest, color=series.color, alpha=0.3, lw=8, label=label)
     else:
-        axes.fill_between(rounds, lowest, highest, color=series.colour, alpha=0.16, lw=0, label=label)
-        axes.plot(rounds, lowest, color=series.colour, lw=0.8)
+        axes.fill_between(rounds, lowest, highest, color=series.color, alpha=0.16, lw=0, label=label)
+        axes.plot(rounds, lowest, color=series.color, lw=0.8)
     if mean:
-        axes.plot(rounds, middle, color=series.colour, linestyle=series.dash, marker="." if len(rounds) == 1 else None)
+        axes.plot(rounds, middle, color=series.color, linestyle=series.dash, marker="." if len(rounds) == 1 else None)
     else:
         axes.plot(rounds, middle, color=INK, lw=0.9, ls=(0, (1, 1.5)), label="mean of the clients")

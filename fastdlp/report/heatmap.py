@@ -1,4 +1,4 @@
-"""A heat map: cells of rows by columns, with numbers where they fit, names along the sides and a colour bar."""
+"""A heat map: cells of rows by columns, with numbers where they fit, names along the sides and a color bar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def heat_map(
     values: np.ndarray,
     cell: tuple[float, float],
     names: tuple[Sequence[str], Sequence[str]],
-    colours: str | Colormap,
+    colors: str | Colormap,
     norm: Normalize,
     label: str = "",
     present: np.ndarray | None = None,
@@ -50,14 +50,14 @@ def heat_map(
         values: [rows, columns].
         cell: width and height of a cell in inches.
         names: of the rows and of the columns; every few where all would overlap.
-        colours: colour map of the values.
+        colors: color map of the values.
         norm: scale of the values.
-        label: of the colour bar; "" for none.
+        label: of the color bar; "" for none.
         present: cells to draw, bool [rows, columns]; default: all.
         numbers: to write into the cells, int [rows, columns], but for 0.
         areas: fractions of the cells to fill, [rows, columns]; default: all of them.
         edges: width of the white lines between cells.
-        gap: between map and colour bar, in inches.
+        gap: between map and color bar, in inches.
     """
     rows, columns = values.shape
     width, height = columns * cell[0], rows * cell[1]
@@ -75,7 +75,7 @@ def heat_map(
     cells = PolyCollection(
         list(centres[:, None] + sides[:, None, None] * square),
         array=values[present],
-        cmap=colours,
+        cmap=colors,
         norm=norm,
         edgecolors="white" if edges else "none",
         linewidths=edges,

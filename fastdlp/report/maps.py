@@ -26,9 +26,9 @@ def clients_figure(series: Sequence[Series]) -> bytes:
     for axes, (one, run) in zip(grid, runs):
         values = run.per_client[-1]
         lowest = float(np.nanmin(values))
-        bars = _bars(axes, values, run.clients, one.colour)
+        bars = _bars(axes, values, run.clients, one.color)
         for at in np.flatnonzero(values == lowest):
-            bars[at].set(facecolor=one.colour, hatch="/////", edgecolor="white", linewidth=0)
+            bars[at].set(facecolor=one.color, hatch="/////", edgecolor="white", linewidth=0)
             axes.plot(at, lowest + 0.06, "v", color=INK, ms=3.5, clip_on=False)
         axes.axhline(float(np.nanmean(values)), color=INK, lw=0.8, ls=(0, (3, 2)))
         axes.set_ylim(0, 1.1)
@@ -97,8 +97,8 @@ def gates_figure(series: Series, most: float) -> bytes | None:
     return png(figure, tight=True)
 
 
-def _bars(axes: Axes, values: np.ndarray, clients: Sequence[int], colour: str) -> Any:
-    bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), width=0.78, color=pale(colour))
+def _bars(axes: Axes, values: np.ndarray, clients: Sequence[int], color: str) -> Any:
+    bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), width=0.78, color=pale(color))
     axes.set_xlim(-0.7, len(values) - 0.3)
     step = 1 if len(values) <= 12 else -(-len(values) // 15)
     axes.set_xticks(range(0, len(values), step), [str(client) for client in clients[::step]])

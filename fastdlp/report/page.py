@@ -199,7 +199,7 @@ def _swatch(series: Series) -> str:
     dashes = "" if series.dash == "-" else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in series.dash[1])}"'
     return (
         '<svg width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" y2="5" stroke-width="3" '
-        f'stroke="{series.colour}"{dashes}/></svg>'
+        f'stroke="{series.color}"{dashes}/></svg>'
     )
 
 

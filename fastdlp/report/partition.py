@@ -72,7 +72,7 @@ def partition_figure(
 ) -> None:
     """Draw clients by classes to a .png, .svg or .pdf file.
 
-    The colour of a cell is its number of samples, training and test together, which is also written into the cells
+    The color of a cell is its number of samples, training and test together, which is also written into the cells
     where it fits. Bars beside the map are each client's training and test samples. `labels` is int [n].
 
     Raises:

@@ -1,4 +1,4 @@
-"""The style of all pictures: light, safe for the colour-blind, the same bytes for the same numbers."""
+"""The style of all pictures: light, safe for the color-blind, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DPI = 200  # two dots per pixel of the page
 WIDTH = 8.2  # inches of a picture of curves or bars
 
 INK, FAINT, GRID, EMPTY = "#222b33", "#67727d", "#e3e7eb", "#f3f4f6"
-# Okabe and Ito's colours, without the yellow, which is hard to see on white.
+# Okabe and Ito's colors, without the yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# With the colours 28 combinations before one repeats.
+# With the colors 28 combinations before one repeats.
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (7, 1.6, 1.2, 1.6)))
 SHADES = ("#eef2f6", "#c6dbea", "#86b6d6", "#3f8bbd", "#15609a", "#0b3a66")  # from nothing to much
 AMOUNT = LinearSegmentedColormap.from_list("amount", SHADES)
@@ -107,9 +107,9 @@ def rounds_axis(axes: Axes, rounds: int) -> None:
     axes.set_xlabel("round")
 
 
-def pale(colour: str) -> tuple[float, ...]:
-    """A colour halfway to white; unlike a transparent one it covers the grid."""
-    return tuple((1 + part) / 2 for part in to_rgb(colour))
+def pale(color: str) -> tuple[float, ...]:
+    """A color halfway to white; unlike a transparent one it covers the grid."""
+    return tuple((1 + part) / 2 for part in to_rgb(color))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:

@@ -80,7 +80,7 @@ def _draw(series: list[Series]) -> list[Section]:
         ),
         Section(
             "Clients by classes in the last round",
-            "Colour: accuracy on a client’s test samples of a class. The number in a cell, or on a large map the area "
+            "Color: accuracy on a client’s test samples of a class. The number in a cell, or on a large map the area "
             "of its square, is the number of samples; n sums them over the classes. A cell without samples is empty.",
             [
                 Picture(

@@ -86,7 +86,7 @@ def _bars(
     rows: Sequence[Row],
     ours: tuple[str, str],
     paper: tuple[str, str],
-    colour: str,
+    color: str,
     width: float,
 ) -> None:
     """One method's bars for all data sets, centred on `at` [data sets]: ours left, the paper's right.
@@ -101,8 +101,8 @@ def _bars(
             [rows[number][mean] for number in present],
             (width * (2 - both))[present],
             yerr=[rows[number][std] or 0.0 for number in present] if std else None,
-            facecolor="white" if hatched else colour,
-            edgecolor=colour,
+            facecolor="white" if hatched else color,
+            edgecolor=color,
             hatch="/////" if hatched else None,
             error_kw={"elinewidth": 0.9, "capsize": 1.5, "ecolor": INK},
         )
