@@ -42,12 +42,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
 
 def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
     """The length of `pack`'s result for these branches, computed without serializing; 0 for none."""
-    shapes = {
-        f"{branch}/{name}": entry.shape
-        for branch in shared
-        for name, entry in bank.layouts[branch].entries.items()
-        if not entry.gate
-    }
+    shapes = {f"{b}/{name}": shape for b in shared for name, shape in bank.layouts[b].in_weights.items()}
     if not shapes:
         return 0
     header: dict[str, Any] = {}

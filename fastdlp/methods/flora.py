@@ -1,17 +1,77 @@
-"""FLoRA (arXiv 2404.15182): one LoRA on every client, averaged after every round."""
+"""FLoRA (arXiv 2404.15182) and its baselines: one module on every client, averaged after every round."""
 
 from __future__ import annotations
 
-from fastdlp.adapters.branches import Branch
-from fastdlp.methods.single import SingleBranch
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fastdlp.adapters.branches import Branch, Tensors
+from fastdlp.methods.base import SingleBranch
 
 
 class FLoRA(SingleBranch):
-    """One shared LoRA of rank 2; clients are scored with the averaged adapter."""
+    """One LoRA of rank 2; clients are scored with the averaged adapter."""
 
     name = "flora"
-    shared = ("global",)
-    scored = ("global",)
 
     def branches(self) -> tuple[Branch, ...]:
-        return (Branch("global", self.config.rank_global, gated=False, lora_alpha=self.config.lora_alpha),)
+        return (self.lora("global"),)
+
+
+class FedCLIP(SingleBranch):
+    """f ⊙ softmax(Linear(tanh(Linear(f)))) on the frozen encoder's output f, 525,312 parameters at d = 512."""
+
+    name = "fedclip"
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
+
+    def branches(self) -> tuple[Tensors, ...]:
+        return (Tensors("global", ("attention",)),)
+
+
+class FedAA(FedCLIP):
+    """FedCLIP's module with the hyperparameters of FLoRA's comparison."""
+
+    name = "fedaa"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "lr": 5e-5,
+        "optimizer": "adam",
+        "eps": 1e-6,
+        "weight_decay": 0.2,
+        "rounds": 50,
+    }
+    demonstration: ClassVar[Mapping[str, Any]] = {"lr": 5e-5}
+
+
+class FedLC(SingleBranch):
+    """A linear classifier on the output of the frozen image encoder."""
+
+    name = "fedlc"
+    encoders = ("image",)
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "task_loss": "cross-entropy"}
+
+    def branches(self) -> tuple[Tensors, ...]:
+        return (Tensors("global", ("classifier",)),)
+
+
+class FedVMLC(FedLC):
+    """The image encoder and a linear classifier on its output."""
+
+    name = "fedvmlc"
+    sequential = True
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-5, "task_loss": "cross-entropy"}
+    demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
+
+    def branches(self) -> tuple[Tensors, ...]:
+        return (Tensors("global", ("encoder", "classifier")),)
+
+
+class FedFFT(SingleBranch):
+    """Full fine-tuning: all weights of the image encoder, the text encoder, or both; the logit scale stays frozen."""
+
+    name = "fedfft"
+    encoders = ("image", "text", "both")
+    sequential = True
+    demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
+
+    def branches(self) -> tuple[Tensors, ...]:
+        return (Tensors("global", ("encoder",)),)

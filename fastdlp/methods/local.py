@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdlp.adapters.branches import Branch
-from fastdlp.methods.single import SingleBranch
+from fastdlp.methods.base import SingleBranch
 
 
 class Local(SingleBranch):
@@ -14,7 +14,7 @@ class Local(SingleBranch):
     scored = ("local",)
 
     def branches(self) -> tuple[Branch, ...]:
-        return (Branch("local", self.config.rank_local or 2, gated=False, lora_alpha=self.config.lora_alpha),)
+        return (self.lora("local"),)
 
 
 class LocalSoRA(Local):
@@ -23,4 +23,4 @@ class LocalSoRA(Local):
     name = "local-sora"
 
     def branches(self) -> tuple[Branch, ...]:
-        return (Branch("local", self.config.rank_local or 2, gated=True, lora_alpha=self.config.lora_alpha),)
+        return (self.lora("local", gated=True),)
