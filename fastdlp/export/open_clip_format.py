@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdlp.adapters.serialization import save_tensors
-from fastdlp.clip.load import as_clip, known_models, load_net, model_config
+from fastdlp.clip.load import known_models, load_clip, model_config
 from fastdlp.clip.tokenizer import ByteTokenizer
 from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
 from fastdlp.errors import FastdlpError
@@ -54,24 +54,25 @@ def write_merged(path: Path, trained: Trained) -> str:
         raise FastdlpError(
             f"{config.method} trains {head}, which is no part of an open_clip model: use --format safetensors"
         )
-    net, preprocess, tokenize = load_net(config.model, config.pretrained, config.seed)
-    clip = as_clip(config.model, net, preprocess, tokenize)
+    clip = load_clip(config.model, config.pretrained, config.seed)
     if clip.fingerprint() != trained.about["weights"]:
         raise FastdlpError(f"the run was trained on other weights than {config.model} has now")
     architecture = dict(model_config(config.model))
     if clip.image.activation == "quick_gelu":  # a tag may ask for it where the model's name does not
         architecture["quick_gelu"] = True
+    net: Any = clip.net
     state = {name: tensor.detach().clone().contiguous() for name, tensor in net.state_dict().items()}
     if trained.adapter is not None:
         add(state, trained.adapter)
     else:
         replace(state, trained.weights)
     if path.suffix == ".safetensors":
-        name = name_for_a_file(config.model, architecture, preprocess)
+        name = name_for_a_file(config.model, architecture, net.visual.preprocess_cfg)
         save_tensors(path, state, trained.about)
         return name
     with atomic_folder(path) as folder:
-        description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": preprocess}
+        description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": net.visual.preprocess_cfg}
+        tokenize: Any = clip.tokenize
         if isinstance(tokenize, ByteTokenizer):
             description["tokenizer"] = "bytes"
         elif hasattr(tokenize, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder itself
