@@ -83,10 +83,6 @@ def load_pixels(
         FastdlpError: bad samples and on_bad is "refuse"; a class without a readable sample; a cache folder that
             cannot be written.
     """
-    if on_bad not in ("refuse", "skip"):
-        raise FastdlpError(f"unknown choice {on_bad!r} for bad images: use refuse or skip")
-    if not len(source):
-        raise FastdlpError(f"the data set {source.name} holds no samples")
     fingerprint = source.fingerprint()
     # With the versions of decoder and resampler, which may round differently.
     parts = [str(FORMAT_VERSION), PIL.__version__, torchvision.__version__, transform.key(), fingerprint]
@@ -97,7 +93,7 @@ def load_pixels(
     shape = (3, transform.size, transform.size)
     found = _read_entry(entry, key, len(source), shape)
     if found is None:
-        _check_bad(source, _write_entry(entry, key, source, transform, progress), on_bad)
+        _write_entry(entry, key, source, transform, progress)
         found = _read_entry(entry, key, len(source), shape)
     if found is None:
         raise FastdlpError(f"the cache file {entry} cannot be read back: remove it and try again")
@@ -156,8 +152,8 @@ def _write_entry(
     source: ImageSource,
     transform: Transform,
     progress: Callable[[int, int], None] | None,
-) -> dict[int, str]:
-    """Decode everything and write the readable samples; returns the bad ones {index: reason}.
+) -> None:
+    """Decode everything and write the readable samples, and the bad ones {index: reason} in the entry's record.
 
     The entry does not depend on `on_bad`, so a data set that was refused is not decoded again to skip bad samples.
     """
@@ -176,7 +172,6 @@ def _write_entry(
         _write_header(file, len(source) - len(bad), transform.size)
     record = {"format": "fastdlp-pixels", "key": key, "data": source.name, "bad": list(bad.items())}
     write_atomic(entry.with_suffix(".json"), json.dumps(record, indent=1), _HINT)
-    return bad
 
 
 def _write_header(file: BinaryIO, count: int, size: int) -> None:

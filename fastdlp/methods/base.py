@@ -100,10 +100,14 @@ class Method(ABC):
 
 
 class SingleBranch(Method):
-    """A method of one branch, trained with the task loss."""
+    """A method of one branch, trained with the task loss: a LoRA, or all tensors of `modules`."""
 
+    modules: ClassVar[tuple[str, ...]] = ()  # as in `Tensors`
     shared: ClassVar[tuple[str, ...]] = ("global",)
     scored: ClassVar[tuple[str, ...]] = ("global",)
+
+    def branches(self) -> tuple[AnyBranch, ...]:
+        return (Tensors("global", self.modules) if self.modules else self.lora("global"),)
 
     def step(self, step: Step) -> Losses:
         (branch,) = self.scored

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastdlp.adapters.branches import Branch, Tensors
 from fastdlp.methods.base import SingleBranch
 
 
@@ -14,18 +13,13 @@ class FLoRA(SingleBranch):
 
     name = "flora"
 
-    def branches(self) -> tuple[Branch, ...]:
-        return (self.lora("global"),)
-
 
 class FedCLIP(SingleBranch):
     """f ⊙ softmax(Linear(tanh(Linear(f)))) on the frozen encoder's output f, 525,312 parameters at d = 512."""
 
     name = "fedclip"
+    modules = ("attention",)
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
-
-    def branches(self) -> tuple[Tensors, ...]:
-        return (Tensors("global", ("attention",)),)
 
 
 class FedAA(FedCLIP):
@@ -46,32 +40,26 @@ class FedLC(SingleBranch):
     """A linear classifier on the output of the frozen image encoder."""
 
     name = "fedlc"
+    modules: ClassVar[tuple[str, ...]] = ("classifier",)
     encoders = ("image",)
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-3, "task_loss": "cross-entropy"}
-
-    def branches(self) -> tuple[Tensors, ...]:
-        return (Tensors("global", ("classifier",)),)
 
 
 class FedVMLC(FedLC):
     """The image encoder and a linear classifier on its output."""
 
     name = "fedvmlc"
+    modules = ("encoder", "classifier")
     sequential = True
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-5, "task_loss": "cross-entropy"}
     demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
-
-    def branches(self) -> tuple[Tensors, ...]:
-        return (Tensors("global", ("encoder", "classifier")),)
 
 
 class FedFFT(SingleBranch):
     """Full fine-tuning: all weights of the image encoder, the text encoder, or both; the logit scale stays frozen."""
 
     name = "fedfft"
+    modules = ("encoder",)
     encoders = ("image", "text", "both")
     sequential = True
     demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
-
-    def branches(self) -> tuple[Tensors, ...]:
-        return (Tensors("global", ("encoder",)),)
