@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdlp.adapters.branches import AnyBranch, Branch, Site
-from fastdlp.adapters.layout import FoldedLayout, Layout, Shapes, flat, folded_layout, lora_layout
+from fastdlp.adapters.layout import FoldedLayout, Layout, Shapes, flat, folded_layout, lora_layout, split
 
 if TYPE_CHECKING:
     from fastdlp.kernels.half_blocks import FoldedRows
@@ -280,15 +280,14 @@ class Adapters:
         """A, B and c of one branch, site by site."""
         sites, rank = self.bank.sites, self.bank.lora[name].rank
         weights, gates = self.leaves[name]
-        n, counts = len(self.slots), [len(site.parts) * rank for site in sites]
-        lengths = [(count * site.in_features, count * site.out_features) for site, count in zip(sites, counts)]
-        pieces = iter(weights.split([length for pair in lengths for length in pair], dim=1))
         view_scale = self.bank.view_scale(name, self.views)[None, :, None]
-        scales = gates[:, None] * view_scale if gates.shape[1] else view_scale.repeat(n, 1, sum(counts))
-        shaped = []
-        for site, c in zip(sites, scales.split(counts, dim=2)):
-            parts = len(site.parts)
-            a = next(pieces).view(n, parts, rank, site.in_features)
-            b = next(pieces).view(n, parts, site.out_features, rank)
-            shaped.append((a, b, c.view(n, len(self.views), parts, rank)))
-        return shaped
+        shapes, of_scales = {}, {site.name: (len(site.parts), rank) for site in sites}
+        for site in sites:
+            shapes[f"{site.name}/A"] = (len(site.parts), rank, site.in_features)
+            shapes[f"{site.name}/B"] = (len(site.parts), site.out_features, rank)
+        if gates.shape[1]:
+            scales = gates[:, None] * view_scale
+        else:
+            scales = view_scale.repeat(len(self.slots), 1, sum(map(math.prod, of_scales.values())))
+        tensors, c = split(weights, shapes), split(scales, of_scales)
+        return [(tensors[f"{site.name}/A"], tensors[f"{site.name}/B"], c[site.name]) for site in sites]

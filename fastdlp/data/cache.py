@@ -27,7 +27,7 @@ import PIL
 import torchvision
 from PIL import Image
 
-from fastdlp.data.sources import ImageSource, thread_count
+from fastdlp.data.sources import ImageSource, Samples, thread_count
 from fastdlp.data.transform import Transform
 from fastdlp.errors import FastdlpError
 from fastdlp.files import atomic_path, cache_root, write_atomic
@@ -39,26 +39,16 @@ _STALE = 24 * 3600  # age in seconds from which a temporary file is regarded as 
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
-    """A preprocessed data set.
+class Pixels(Samples):
+    """The readable samples of a data set, preprocessed.
 
     Attributes:
         data: uint8 [n, 3, S, S], the cache file mapped read-only.
-        labels: int64 [n], indices into class_names.
-        ids: n sample names.
-        class_names: one name per class.
-        template: the prompt, with one {} for the class name.
-        name: the data set's name.
         bad: "id: reason" for each sample that was dropped.
         fingerprint: of the source, dropped samples included.
     """
 
     data: np.ndarray
-    labels: np.ndarray
-    ids: list[str]
-    class_names: list[str]
-    template: str
-    name: str
     bad: list[str]
     fingerprint: str
 
@@ -101,12 +91,12 @@ def load_pixels(
     _check_bad(source, bad, on_bad)
     good = [index for index in range(len(source)) if index not in bad]
     return Pixels(
-        data=data,
+        name=source.name,
+        class_names=source.class_names,
+        template=source.template,
         labels=source.labels[good],
         ids=[source.ids[index] for index in good],
-        class_names=list(source.class_names),
-        template=source.template,
-        name=source.name,
+        data=data,
         bad=[f"{source.ids[index]}: {reason}" for index, reason in bad.items()],
         fingerprint=fingerprint,
     )

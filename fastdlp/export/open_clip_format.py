@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdlp.adapters.serialization import save_tensors
 from fastdlp.clip.load import known_models, load_clip, model_config
 from fastdlp.clip.tokenizer import ByteTokenizer
+from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
@@ -34,7 +35,7 @@ FILE_PREPROCESSING: dict[str, Any] = {
 }
 
 
-def write_merged(path: Path, trained: Trained) -> str:
+def export_merged(path: Path, trained: Trained) -> str:
     """Write the model of a run with the trained part in its weights, so that a LoRA has no cost at inference.
 
     Args:
@@ -42,7 +43,7 @@ def write_merged(path: Path, trained: Trained) -> str:
         trained: an adapter, or weights that open_clip's model has.
 
     Returns:
-        How to load it: open_clip's name for the folder, or for the model that takes the file.
+        How to load it.
 
     Raises:
         FastdlpError: the model is unavailable or has other weights than the run's; weights that it does not have; a
@@ -69,7 +70,8 @@ def write_merged(path: Path, trained: Trained) -> str:
     if path.suffix == ".safetensors":
         name = name_for_a_file(config.model, architecture, net.visual.preprocess_cfg)
         save_tensors(path, state, trained.about)
-        return name
+        ours = f"--model {name} --pretrained {path}"
+        return ours if name == EMBEDDED_MODEL else f'open_clip.create_model("{name}", pretrained="{path}"), or {ours}'
     with atomic_folder(path) as folder:
         description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": net.visual.preprocess_cfg}
         tokenize: Any = clip.tokenize
@@ -79,7 +81,7 @@ def write_merged(path: Path, trained: Trained) -> str:
             tokenize.save_pretrained(folder)
         write_atomic(folder / "open_clip_config.json", json.dumps(description, indent=2) + "\n")
         save_tensors(folder / "open_clip_model.safetensors", state, trained.about)
-    return f"local-dir:{path}"
+    return f'open_clip.create_model("local-dir:{path}"), or fastdlp\'s --model local-dir:{path}'
 
 
 def add(state: Mapping[str, Tensor], adapter: LoRA) -> None:
