@@ -97,21 +97,3 @@ class Method(ABC):
         config = self.config
         rank = config.rank_local or rank if name == "local" else config.rank_global
         return Branch(name, rank, gated, config.lora_alpha, copy_of)
-
-
-class SingleBranch(Method):
-    """A method of one branch, trained with the task loss: a LoRA, or all tensors of `modules`."""
-
-    modules: ClassVar[tuple[str, ...]] = ()  # as in `Tensors`
-    shared: ClassVar[tuple[str, ...]] = ("global",)
-    scored: ClassVar[tuple[str, ...]] = ("global",)
-
-    def branches(self) -> tuple[AnyBranch, ...]:
-        return (Tensors("global", self.modules) if self.modules else self.lora("global"),)
-
-    def step(self, step: Step) -> Losses:
-        (branch,) = self.scored
-        (out,) = step.forward(self.scored)
-        loss = step.task(out)
-        step.update(loss, branch)
-        return {f"ce_{branch}": loss}

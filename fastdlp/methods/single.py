@@ -1,11 +1,32 @@
-"""FLoRA (arXiv 2404.15182) and its baselines: one module on every client, averaged after every round."""
+"""Methods of one branch: FLoRA (arXiv 2404.15182) and its baselines, whose branch is averaged, and local training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastdlp.methods.base import SingleBranch
+from fastdlp.adapters.branches import AnyBranch, Tensors
+from fastdlp.methods.base import Losses, Method, Step
+
+
+class SingleBranch(Method):
+    """A method of one branch, trained with the task loss: a LoRA, or all tensors of `modules`."""
+
+    modules: ClassVar[tuple[str, ...]] = ()  # as in `Tensors`
+    gated: ClassVar[bool] = False  # whether the LoRA is
+    shared: ClassVar[tuple[str, ...]] = ("global",)
+    scored: ClassVar[tuple[str, ...]] = ("global",)
+
+    def branches(self) -> tuple[AnyBranch, ...]:
+        (name,) = self.scored
+        return (Tensors(name, self.modules) if self.modules else self.lora(name, gated=self.gated),)
+
+    def step(self, step: Step) -> Losses:
+        (branch,) = self.scored
+        (out,) = step.forward(self.scored)
+        loss = step.task(out)
+        step.update(loss, branch)
+        return {f"ce_{branch}": loss}
 
 
 class FLoRA(SingleBranch):
@@ -63,3 +84,18 @@ class FedFFT(SingleBranch):
     encoders = ("image", "text", "both")
     sequential = True
     demonstration: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
+
+
+class Local(SingleBranch):
+    """One private LoRA of rank 2, never exchanged: the paper's lower baseline."""
+
+    name = "local"
+    shared = ()
+    scored = ("local",)
+
+
+class LocalSoRA(Local):
+    """One private LoRA of rank 2 with a SoRA gate: the ablation of the paper's Figure 2."""
+
+    name = "local-sora"
+    gated = True
