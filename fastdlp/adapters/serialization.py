@@ -89,7 +89,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load_client(bank: AdapterBank, slot: int, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load the result of `client_tensors` into a slot. Raises FastdlpError for adapters of another shape."""
-    branches = by_branch(tensors)
+    branches: dict[str, dict[str, Tensor]] = {branch: {} for branch in bank.trained} | by_branch(tensors)
     if set(branches) != set(bank.trained):
         raise FastdlpError(f"{path} holds the adapters {sorted(branches)}, this run has {sorted(bank.trained)}")
     for branch, named in branches.items():

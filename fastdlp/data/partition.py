@@ -29,7 +29,7 @@ class Partition:
         beta: concentration of the Dirichlet distribution; None in other schemes.
         classes_per_client: of "pathological"; None in other schemes.
         seed: of the random streams.
-        draws: number of splits drawn; more than 1 only with `on_empty="redraw"`.
+        draws: number of splits drawn; more than 1 only with `empty_clients="redraw"`.
         test_fraction: fraction of each client's samples that is test.
         dataset, fingerprint: of the data; "" if not given.
         val: as train and test; [] without validation.
