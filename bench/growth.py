@@ -146,7 +146,7 @@ def _build(clip: Clip, backend: Any, batch_size: int, precision: Any, device: to
     images = rng.integers(0, 256, (POOL, 3, clip.transform.size, clip.transform.size), np.uint8)
     labels = rng.integers(0, CLASSES, POOL)
     names = [f"class {number}" for number in range(CLASSES)]
-    pixels = Pixels(images, labels, [str(n) for n in range(POOL)], names, "a photo of a {}.", "random", [], "")
+    pixels = Pixels("random", names, "a photo of a {}.", labels, [str(n) for n in range(POOL)], images, [], "")
     return build_task(config, configured_method(), clip, pixels, clip.transform, device)
 
 

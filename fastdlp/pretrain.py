@@ -19,38 +19,22 @@ import json
 import math
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.clip.tokenizer import VOCAB_SIZE, ByteTokenizer
+from fastdlp.clip.load import Clip, description, load_clip
+from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.data.sources import DIGIT_NAMES, DIGIT_TEMPLATE, digits
-from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
+from fastdlp.data.transform import Transform
 from fastdlp.files import write_atomic
 
-if TYPE_CHECKING:
-    from open_clip.model import CLIP
-
-NAME = "glyph-clip"
 CANVAS, BITMAP, SCAN = 64, 32, 8  # sides of a rendered glyph, of the warped one and of the image
-MODEL_CFG: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
-    "text_cfg": {"context_length": 48, "vocab_size": VOCAB_SIZE, "width": 128, "heads": 4, "layers": 2},
-    "quick_gelu": False,
-}
-PREPROCESS_CFG: dict[str, Any] = {
-    "size": [32, 32],
-    "mean": list(OPENAI_MEAN),
-    "std": list(OPENAI_STD),
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
 
 # No bold fonts: they are not legible at 8 pixels.
 FONTS = [
@@ -187,30 +171,16 @@ def make_glyphs(atlas: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(scans), labels
 
 
-def preprocess(scans: Tensor) -> Tensor:
+def preprocess(scans: Tensor, transform: Transform) -> Tensor:
     """The model's transform for a batch: [n, 8, 8] uint8 -> [n, 3, 32, 32] float32.
 
     For uint8 and with `antialias`, torch's bicubic resize is PIL's, to within one grey level.
     """
-    big = F.interpolate(scans[:, None], size=PREPROCESS_CFG["size"], mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(PREPROCESS_CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (big / 255 - mean) / std
+    big = F.interpolate(scans[:, None], size=(transform.size, transform.size), mode="bicubic", antialias=True)
+    return transform.normalize(big.expand(-1, 3, -1, -1))
 
 
-def load_digit_scans() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits: [1797, 8, 8] uint8 and labels [1797] int64."""
-    source = digits()
-    return torch.from_numpy(source.images), torch.from_numpy(source.labels)
-
-
-# -- model and training ---------------------------------------------------------------------------------------------
-
-
-def build_model(model_cfg: dict[str, Any] = MODEL_CFG) -> CLIP:
-    """A plain `open_clip.CLIP` of this configuration, randomly initialized."""
-    import open_clip
-
-    return open_clip.CLIP(**model_cfg)
+# -- training -------------------------------------------------------------------------------------------------------
 
 
 def contrastive_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -225,10 +195,9 @@ def contrastive_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor
     return (to_text + (to_image / count[labels]).sum() / present) / 2
 
 
-def class_tokens() -> list[Tensor]:
+def class_tokens(tokenize: Callable[[list[str]], Tensor]) -> list[Tensor]:
     """The captions of every class as token ids: one [captions, context_length] int64 per character."""
-    tokenizer = ByteTokenizer(MODEL_CFG["text_cfg"]["context_length"])
-    return [tokenizer(captions(character)) for character in CHARACTERS]
+    return [tokenize(captions(character)) for character in CHARACTERS]
 
 
 def draw_captions(tokens: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -236,14 +205,15 @@ def draw_captions(tokens: list[Tensor], generator: torch.Generator) -> Tensor:
     return torch.stack([t[int(torch.randint(len(t), (), generator=generator))] for t in tokens])
 
 
-def read_captions(model: CLIP, settings: Settings) -> None:
+def read_captions(clip: Clip, settings: Settings) -> None:
     """Train the text tower alone to embed captions of the same class alike, before any image.
 
     Initially all captions, which differ in one word, have nearly the same embedding, and the joint loss decreases only
     after hundreds of steps. These few steps, cheap without images, replace them.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    tokens = class_tokens()
+    model: Any = clip.net
+    tokens = class_tokens(clip.tokenize)
     parameters = [p for name, p in model.named_parameters() if not name.startswith("visual.")]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     classes = torch.arange(len(tokens))
@@ -257,10 +227,11 @@ def read_captions(model: CLIP, settings: Settings) -> None:
         optimizer.step()
 
 
-def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Iterator[tuple[int, float]]:
+def train(clip: Clip, scans: Tensor, labels: Tensor, settings: Settings) -> Iterator[tuple[int, float]]:
     """Train in place and yield (step, loss). Each step draws a new caption for every class."""
     generator = torch.Generator().manual_seed(settings.seed)
-    tokens = class_tokens()
+    model: Any = clip.net
+    tokens = class_tokens(clip.tokenize)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
@@ -279,7 +250,7 @@ def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Ite
             order = torch.randperm(len(scans), generator=generator)
         batch, order = order[: settings.batch], order[settings.batch :]
         text = model.encode_text(draw_captions(tokens, generator), normalize=True)
-        image = model.encode_image(preprocess(scans[batch]), normalize=True)
+        image = model.encode_image(preprocess(scans[batch], clip.transform), normalize=True)
         scale = model.logit_scale.exp()
         loss = contrastive_loss(scale * image @ text.T, labels[batch], settings.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
@@ -293,83 +264,68 @@ def train(model: CLIP, scans: Tensor, labels: Tensor, settings: Settings) -> Ite
 
 
 @torch.no_grad()
-def predict(model: CLIP, scans: Tensor, prompts: list[str]) -> Tensor:
+def predict(clip: Clip, scans: Tensor, prompts: list[str]) -> Tensor:
     """The index of the nearest prompt of each scan: [n, 8, 8] uint8 -> [n] int64."""
-    model.eval()
-    text = model.encode_text(ByteTokenizer(MODEL_CFG["text_cfg"]["context_length"])(prompts), normalize=True)
-    chunks = preprocess(scans).split(512)
+    model: Any = clip.net.eval()
+    text = model.encode_text(clip.tokenize(prompts), normalize=True)
+    chunks = preprocess(scans, clip.transform).split(512)
     return torch.cat([(model.encode_image(chunk, normalize=True) @ text.T).argmax(-1) for chunk in chunks])
 
 
-def digits_zero_shot(model: CLIP) -> float:
+def digits_zero_shot(clip: Clip) -> float:
     """Zero-shot accuracy on `load_digits`."""
-    scans, labels = load_digit_scans()
-    prompts = [DIGIT_TEMPLATE.format(name) for name in DIGIT_NAMES]
-    return (predict(model, scans, prompts) == labels).float().mean().item()
-
-
-def save(model: CLIP, out: Path, trained_with: dict[str, Any]) -> None:
-    """Write `glyph-clip.safetensors`, fp32 with open_clip's names, and its configuration `glyph-clip.json`."""
-    import safetensors.torch
-
-    state = {name: value.float().contiguous() for name, value in model.state_dict().items()}
-    write_atomic(out / f"{NAME}.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
-    about = {
-        "model_cfg": MODEL_CFG,
-        "preprocess_cfg": PREPROCESS_CFG,
-        "tokenizer": "bytes",
-        "trained_with": trained_with,
-    }
-    write_atomic(out / f"{NAME}.json", json.dumps(about, indent=2) + "\n")
-
-
-def command_line(settings: Settings) -> str:
-    """The command that reproduces a run, with the options that differ from the defaults."""
-    defaults = asdict(Settings())
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(settings).items() if v != defaults[k]]
-    return " ".join(["python -m fastdlp.pretrain --out DIR", *changed])
+    source, prompts = digits(), [DIGIT_TEMPLATE.format(name) for name in DIGIT_NAMES]
+    predicted = predict(clip, torch.from_numpy(source.images), prompts)
+    return (predicted == torch.from_numpy(source.labels)).float().mean().item()
 
 
 def pretrain(out: Path, settings: Settings) -> dict[str, Any]:
-    """Render, train, evaluate and write both files; returns the record that is written to the JSON."""
+    """Render, train, evaluate and write `glyph-clip.safetensors`, fp32 with open_clip's names, and `glyph-clip.json`.
+
+    Returns the record that is written to the JSON.
+    """
+    import safetensors.torch
     from rich.columns import Columns
     from rich.console import Console
 
     console = Console(highlight=False)
     start = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    model = build_model()
+    clip = load_clip(EMBEDDED_MODEL, "none", settings.seed)
     atlas = render_atlas()
     scans, labels = make_glyphs(atlas, settings.glyphs, settings.seed)
     console.print(f"{len(scans):,} glyphs in {time.perf_counter() - start:.0f} s")
-    read_captions(model, settings)
-    for step, loss in train(model, scans, labels, settings):
+    read_captions(clip, settings)
+    for step, loss in train(clip, scans, labels, settings):
         if step % 50 == 0 or step == settings.steps - 1:
             console.print(f"step {step:5d}  loss {loss:.3f}  {time.perf_counter() - start:4.0f} s")
     seconds = time.perf_counter() - start
 
     scans, labels = make_glyphs(atlas, max(620, settings.glyphs // 32), settings.seed + 1)
-    correct = predict(model, scans, [captions(character)[0] for character in CHARACTERS]) == labels
+    correct = predict(clip, scans, [captions(character)[0] for character in CHARACTERS]) == labels
     console.print(f"accuracy on held-out glyphs {correct.float().mean():.3f}, by character:")
     console.print(Columns([f"{c} {correct[labels == i].float().mean():.2f}" for i, c in enumerate(CHARACTERS)]))
-    zero_shot = digits_zero_shot(model)
+    zero_shot = digits_zero_shot(clip)
     console.print(f"zero-shot on load_digits {zero_shot:.4f}")
     record = {
         **asdict(settings),
         "torch": torch.__version__.split("+")[0],
-        "command": command_line(settings),
         "glyphs_held_out": round(correct.float().mean().item(), 4),
         "digits_zero_shot": round(zero_shot, 4),
         "seconds": round(seconds),
     }
-    save(model, out, record)
+    state = {name: value.float().contiguous() for name, value in clip.net.state_dict().items()}
+    write_atomic(out / f"{EMBEDDED_MODEL}.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    about = description(EMBEDDED_MODEL) | {"trained_with": record}
+    write_atomic(out / f"{EMBEDDED_MODEL}.json", json.dumps(about, indent=2) + "\n")
     return record
 
 
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {NAME}.safetensors and {NAME}.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"folder for {EMBEDDED_MODEL}.safetensors and {EMBEDDED_MODEL}.json"
+    )
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())

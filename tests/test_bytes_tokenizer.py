@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdlp.clip.tokenizer import END, PAD, START, VOCAB_SIZE, ByteTokenizer
+from fastdlp.clip.load import model_config
+from fastdlp.clip.tokenizer import END, PAD, START, ByteTokenizer
+
+VOCABULARY = model_config("glyph-clip")["text_cfg"]["vocab_size"]
 
 
 def test_ids_are_bytes_plus_one_between_start_and_end() -> None:
@@ -31,14 +34,14 @@ def test_case_and_white_space_do_not_matter() -> None:
 def test_argmax_finds_the_only_end_token(text: str) -> None:
     ids = ByteTokenizer()(text)[0]
     end = int(ids.argmax())
-    assert ids[end] == END == VOCAB_SIZE - 1
+    assert ids[end] == END == VOCABULARY - 1
     assert (ids == END).sum() == 1
     assert not ids[end + 1 :].any()
 
 
 def test_every_byte_has_its_id() -> None:
     ids = ByteTokenizer(context_length=600)("".join(map(chr, range(0x100, 0x1F0))))
-    assert ids.max() < VOCAB_SIZE
+    assert ids.max() < VOCABULARY
     assert ByteTokenizer().encode("\x00") == [START, 1, END]
 
 

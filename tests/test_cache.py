@@ -12,7 +12,6 @@ import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -270,11 +269,3 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path / "full") == []
-
-
-def test_arguments(tmp_path: Path) -> None:
-    with pytest.raises(FastdlpError, match="refuse or skip"):
-        load_pixels(_source(), TRANSFORM, tmp_path, on_bad="ignore")  # type: ignore[arg-type]
-    none: Any = _source(0)
-    with pytest.raises(FastdlpError, match="no samples"):
-        load_pixels(none, TRANSFORM, tmp_path)

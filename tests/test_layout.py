@@ -13,7 +13,7 @@ import torch
 
 from fastdlp.adapters.bank import AdapterBank
 from fastdlp.adapters.branches import Branch, Site, Tensors, TowerShape, tower_sites
-from fastdlp.adapters.layout import Layout, flat, folded_layout, lora_layout, tensor_layout
+from fastdlp.adapters.layout import Layout, flat, folded_layout, lora_layout
 from fastdlp.adapters.serialization import message_bytes, pack
 from fastdlp.clip.load import describe, parameter_shapes
 from fastdlp.config import TrainConfig
@@ -33,21 +33,21 @@ def _rows(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "layout",
-    [LORA, lora_layout(SITES, Branch("global", 1, gated=False)), tensor_layout(SHAPES)],
+    [LORA, lora_layout(SITES, Branch("global", 1, gated=False)), Layout(SHAPES)],
     ids=["gated", "plain", "tensors"],
 )
 def test_entries_cover_their_rows_once(layout: Layout) -> None:
-    for gate, length in ((False, layout.weights), (True, layout.gates)):
-        stretches = sorted((e.where.start, e.where.stop) for e in layout.entries.values() if e.gate == gate)
-        assert [start for start, _ in stretches] == [0, *(stop for _, stop in stretches)][: len(stretches)]
-        assert (stretches[-1][1] if stretches else 0) == length
+    named = layout.named(*_rows(layout))
+    for row, names in zip(_rows(layout), (layout.in_weights, layout.in_gates)):
+        assert sorted(number for name in names for number in named[name].flatten().tolist()) == row.tolist()
+    assert named.keys() == layout.in_weights.keys() | layout.in_gates.keys()
 
 
 def test_lora_names_and_shapes() -> None:
     """q, k and v of a block have adapters of their own; A [r, K], B [N, r], gate [r]."""
     parts = [f"{i}.{part}" for i in range(2) for part in ("q", "k", "v", "out", "fc1", "fc2")] + ["proj"]
-    assert set(LORA.entries) == {f"{part}/{name}" for part in parts for name in ("A", "B", "gate")}
-    shapes = {name: entry.shape for name, entry in LORA.entries.items()}
+    shapes = {**LORA.in_weights, **LORA.in_gates}
+    assert set(shapes) == {f"{part}/{name}" for part in parts for name in ("A", "B", "gate")}
     assert (shapes["0.k/A"], shapes["0.k/B"], shapes["0.k/gate"]) == ((3, 6), (6, 3), (3,))
     assert (shapes["1.fc1/A"], shapes["1.fc1/B"]) == ((3, 6), (10, 3))
     assert (shapes["1.fc2/A"], shapes["1.fc2/B"]) == ((3, 10), (6, 3))
@@ -59,7 +59,8 @@ def test_lora_names_and_shapes() -> None:
 def test_without_gate_there_is_no_row_of_gates() -> None:
     layout = lora_layout(SITES, Branch("global", 3, gated=False))
     assert layout.gates == 0
-    assert not any(name.endswith("gate") for name in layout.entries)
+    assert layout.in_gates == {}
+    assert not any(name.endswith("gate") for name in layout.in_weights)
     assert layout.weights == LORA.weights
 
 
@@ -84,7 +85,7 @@ def test_the_forward_uses_the_named_tensors() -> None:
                 assert torch.equal(row[start : start + len(tensor)], tensor)
 
 
-@pytest.mark.parametrize("layout", [LORA, tensor_layout(SHAPES)], ids=["lora", "tensors"])
+@pytest.mark.parametrize("layout", [LORA, Layout(SHAPES)], ids=["lora", "tensors"])
 def test_named_are_views_and_load_is_the_inverse(layout: Layout) -> None:
     weights, gates = _rows(layout)
     named = layout.named(weights, gates)
@@ -110,7 +111,7 @@ def test_rows_of_many_slots_and_without_gates() -> None:
 
 
 def test_tensors_lie_in_the_order_given() -> None:
-    layout = tensor_layout(SHAPES)
+    layout = Layout(SHAPES)
     tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     row = flat(tensors)
     assert torch.equal(row, torch.cat([tensor.flatten() for tensor in tensors.values()]))
@@ -124,7 +125,7 @@ def test_tensors_lie_in_the_order_given() -> None:
 @pytest.mark.parametrize("change", ["missing", "more", "transposed"])
 def test_what_does_not_fit_changes_nothing(change: str) -> None:
     weights, gates = _rows(LORA)
-    tensors: dict[str, Any] = {name: torch.zeros(entry.shape) for name, entry in LORA.entries.items()}
+    tensors: dict[str, Any] = {name: torch.zeros(shape) for name, shape in {**LORA.in_weights, **LORA.in_gates}.items()}
     if change == "missing":
         del tensors["proj/B"]
     elif change == "more":

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastdlp.config import TrainConfig
 from fastdlp.data.partition import SCHEMES, Partition, counts, dirichlet_proportions, make_partition
-from fastdlp.data.partition_file import load_partition, save_partition
+from fastdlp.data.partition_file import load_partition, partition_of, save_partition
 from fastdlp.errors import FastdlpError
 
 LABELS = np.arange(300) % 7
 IDS = [f"s/{i}" for i in range(len(LABELS))]
+
+
+def _made(labels: np.ndarray = LABELS, **options: Any) -> Partition:
+    return make_partition(labels, TrainConfig(**options))
 
 
 def _check_complete(partition: Partition, samples: int) -> None:
@@ -33,7 +38,7 @@ def _check_complete(partition: Partition, samples: int) -> None:
 @pytest.mark.parametrize("clients", [1, 4, 50, 300])
 @pytest.mark.parametrize("fraction", [0.25, 0.01, 0.99])
 def test_every_sample_is_used_once(scheme: str, clients: int, fraction: float) -> None:
-    partition = make_partition(LABELS, clients, scheme, classes_per_client=7, test_fraction=fraction)
+    partition = _made(clients=clients, partition=scheme, classes_per_client=7, test_fraction=fraction)
     assert partition.clients == clients
     _check_complete(partition, len(LABELS))
 
@@ -42,7 +47,7 @@ def test_every_sample_is_used_once(scheme: str, clients: int, fraction: float) -
 @pytest.mark.parametrize("clients", [1, 10, 200])
 def test_dirichlet_ends_at_every_beta(beta: float, clients: int) -> None:
     with np.errstate(all="raise", under="ignore", over="ignore"):
-        partition = make_partition(LABELS, clients, beta=beta)
+        partition = _made(clients=clients, beta=beta)
     _check_complete(partition, len(LABELS))
     held = counts(partition, LABELS).sum(axis=2)
     if beta <= 1e-12:
@@ -64,12 +69,12 @@ def test_shares_have_the_moments_of_dirichlet(beta: float) -> None:
 
 def test_no_client_collects_the_remainders() -> None:
     labels = np.repeat(np.arange(200), 30)
-    held = (counts(make_partition(labels, 10, beta=0.05), labels).sum(axis=2) > 0).sum(axis=1)
+    held = (counts(_made(labels, clients=10, beta=0.05), labels).sum(axis=2) > 0).sum(axis=1)
     assert held[-1] < 2 * np.median(held)
 
 
 def test_iid_sizes_differ_by_one_at_most() -> None:
-    partition = make_partition(LABELS, 7, "iid")
+    partition = _made(clients=7, partition="iid")
     sizes = [len(train) + len(test) for train, test in zip(partition.train, partition.test)]
     assert max(sizes) - min(sizes) <= 1
 
@@ -77,7 +82,7 @@ def test_iid_sizes_differ_by_one_at_most() -> None:
 @pytest.mark.parametrize(("clients", "each"), [(10, 2), (4, 2), (7, 1), (3, 5), (1, 7), (40, 3)])
 def test_pathological_deals_k_classes_and_every_class(clients: int, each: int) -> None:
     for seed in range(5):
-        partition = make_partition(LABELS, clients, "pathological", classes_per_client=each, seed=seed)
+        partition = _made(clients=clients, partition="pathological", classes_per_client=each, partition_seed=seed)
         _check_complete(partition, len(LABELS))
         held = counts(partition, LABELS).sum(axis=2) > 0
         assert np.all(held.sum(axis=1) == each)
@@ -94,67 +99,71 @@ def test_the_same_arguments_give_the_same_partition() -> None:
     }
     for scheme, train in golden.items():
         np.random.seed(len(scheme))  # noqa: NPY002 - the global state must not matter
-        partition = make_partition(np.arange(24) % 3, 3, scheme, beta=0.5, seed=7)
+        partition = _made(np.arange(24) % 3, clients=3, partition=scheme, beta=0.5, partition_seed=7)
         assert [samples.tolist() for samples in partition.train] == train
-        other = make_partition(np.arange(24) % 3, 3, scheme, beta=0.5, seed=8)
+        other = _made(np.arange(24) % 3, clients=3, partition=scheme, beta=0.5, partition_seed=8)
         assert [samples.tolist() for samples in other.train] != train
 
 
 def test_tiny_clients() -> None:
-    partition = make_partition(np.zeros(3, int), 2, "iid")
+    partition = _made(np.zeros(3, int), clients=2, partition="iid")
     assert [(len(a), len(b)) for a, b in zip(partition.train, partition.test)] == [(1, 1), (1, 0)]
 
 
 def test_empty_clients_are_kept_refused_or_redrawn() -> None:
-    arguments: dict[str, Any] = {"labels": LABELS, "clients": 10, "beta": 0.02, "seed": 3}
-    kept = make_partition(**arguments)
+    arguments: dict[str, Any] = {"clients": 10, "beta": 0.02, "partition_seed": 3}
+    kept = _made(**arguments)
     empty = [client for client in range(10) if len(kept.train[client]) == 0]
     assert empty
     assert kept.empty == empty
     with pytest.raises(FastdlpError, match=f"sample: {', '.join(map(str, empty))};"):
-        make_partition(**arguments, on_empty="refuse")
+        _made(**arguments, empty_clients="refuse")
     with pytest.raises(FastdlpError, match="100 draws"):
-        make_partition(LABELS, 200, beta=1e-6, on_empty="redraw")
+        _made(clients=200, beta=1e-6, empty_clients="redraw")
     arguments["beta"] = 0.05
-    assert make_partition(**arguments).empty
-    redrawn = make_partition(**arguments, on_empty="redraw")
+    assert _made(**arguments).empty
+    redrawn = _made(**arguments, empty_clients="redraw")
     assert not redrawn.empty
     assert redrawn.draws > 1
     _check_complete(redrawn, len(LABELS))
-    again = make_partition(**arguments, on_empty="redraw")
+    again = _made(**arguments, empty_clients="redraw")
     assert all(map(np.array_equal, redrawn.train, again.train))
-    assert make_partition(LABELS, 5, "iid", on_empty="refuse").draws == 1
+    assert _made(clients=5, partition="iid", empty_clients="refuse").draws == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"beta": 0}, "beta is 0"),
-        ({"beta": -1.0}, "positive"),
+        ({"beta": -1.0}, "greater than 0"),
         ({"beta": float("nan")}, "beta is nan"),
-        ({"beta": float("inf")}, "iid"),
-        ({"clients": 0}, "use 1 to 300"),
+        ({"beta": float("inf")}, "finite"),
+        ({"clients": 0}, "clients is 0"),
         ({"clients": 301}, "301 clients for 300 samples"),
-        ({"scheme": "sharded"}, "dirichlet, iid, pathological"),
-        ({"scheme": "pathological", "classes_per_client": 0}, "use 1 to 7"),
-        ({"scheme": "pathological", "classes_per_client": 8}, "use 1 to 7"),
+        ({"partition": "sharded"}, "dirichlet, iid, pathological"),
+        ({"partition": "pathological", "classes_per_client": 0}, "at least 1"),
+        ({"partition": "pathological", "classes_per_client": 8}, "use 1 to 7"),
         (
-            {"scheme": "pathological", "clients": 3},
+            {"partition": "pathological", "clients": 3},
             "at most 6 of the 7 classes: use at least 3 .* or 4 clients",
         ),
-        ({"seed": -1}, "seed"),
-        ({"test_fraction": 0.0}, "test fraction"),
-        ({"test_fraction": 1.0}, "test fraction"),
-        ({"test_fraction": float("nan")}, "test fraction"),
-        ({"on_empty": "drop"}, "keep, refuse or redraw"),
-        ({"labels": np.zeros(0, int)}, "non-empty"),
-        ({"labels": np.array([-1, 2])}, "0 or more"),
-        ({"labels": np.array([0.5, 2])}, "class indices"),
+        ({"partition_seed": -1}, "partition-seed is -1"),
+        ({"test_fraction": 0.0}, "test-fraction is 0.0"),
+        ({"test_fraction": 1.0}, "test-fraction is 1.0"),
+        ({"test_fraction": float("nan")}, "test-fraction is nan"),
+        ({"empty_clients": "drop"}, "keep, refuse, redraw"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    """The config refuses what no data allow, the partition what these data do not have."""
+
+    def make() -> None:
+        config = TrainConfig(**arguments)
+        config.check()
+        partition_of(config, LABELS, IDS, "toy")
+
     with pytest.raises(FastdlpError, match=message) as caught:
-        make_partition(**{"labels": LABELS, **arguments})
+        make()
     assert "\n" not in str(caught.value)
 
 
@@ -179,7 +188,7 @@ def test_counts() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_file_comes_back_on_other_indices(tmp_path: Path, scheme: str) -> None:
     names = [f'odd "{i}" \\ β\udcff' for i in range(300)]  # the last is how Python reads a name that is no UTF-8
-    made = make_partition(LABELS, 12, scheme, beta=0.05, seed=5, dataset="toy", fingerprint="f00")
+    made = make_partition(LABELS, TrainConfig(clients=12, partition=scheme, beta=0.05, partition_seed=5), "toy", "f00")
     save_partition(tmp_path / "p.json", made, names)
     reordered = ["unused", *reversed(names)]
     read = load_partition(tmp_path / "p.json", reordered, "toy")
@@ -231,7 +240,7 @@ def test_a_file_written_by_hand_needs_only_the_clients(tmp_path: Path) -> None:
     ],
 )
 def test_bad_files(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    save_partition(tmp_path / "p.json", make_partition(LABELS, dataset="pets"), IDS)
+    save_partition(tmp_path / "p.json", make_partition(LABELS, TrainConfig(), "pets"), IDS)
     document = json.loads((tmp_path / "p.json").read_text())
     (tmp_path / "p.json").write_text(json.dumps({**document, **change}))
     with pytest.raises(FastdlpError, match=message):

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdlp import pretrain
+from fastdlp.clip.load import Clip, load_clip, model_config
+from fastdlp.data.sources import digits
 
 ASSETS = Path(pretrain.__file__).parent / "assets"
 TINY = pretrain.Settings(text_steps=8, steps=10, glyphs=64, batch=32)
@@ -32,13 +34,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-def load(folder: Path) -> tuple[open_clip.CLIP, dict]:
+def load(folder: Path) -> tuple[Clip, dict]:
     about = json.loads((folder / "glyph-clip.json").read_text())
     model = open_clip.CLIP(**about["model_cfg"])
     state = load_file(folder / "glyph-clip.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     model.load_state_dict(state, strict=True)
-    return model, about
+    return load_clip("glyph-clip", str(folder / "glyph-clip.safetensors")), about
 
 
 def test_atlas_has_a_different_drawing_for_every_character(atlas: torch.Tensor) -> None:
@@ -63,15 +65,15 @@ def test_glyphs_are_inked_distinct_and_the_same_again(atlas: torch.Tensor) -> No
 def test_scans_have_the_grey_levels_of_load_digits(atlas: torch.Tensor) -> None:
     levels = {round(v * 255 / 16) for v in range(17)}
     assert set(pretrain.make_glyphs(atlas, 200, seed=0)[0].unique().tolist()) <= levels
-    assert set(pretrain.load_digit_scans()[0].unique().tolist()) == levels
+    assert set(np.unique(digits().images).tolist()) == levels
 
 
 def test_preprocess_is_the_resize_of_pil(atlas: torch.Tensor) -> None:
     scans, _ = pretrain.make_glyphs(atlas, 20, seed=0)
-    mean, std = (np.array(pretrain.PREPROCESS_CFG[key]) for key in ("mean", "std"))
-    for scan, mine in zip(scans, pretrain.preprocess(scans)):
+    transform = load_clip("glyph-clip").transform
+    for scan, mine in zip(scans, pretrain.preprocess(scans, transform)):
         image = Image.fromarray(scan.numpy()).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
-        grey = mine.permute(1, 2, 0).numpy() * std + mean
+        grey = mine.permute(1, 2, 0).numpy() * np.array(transform.std) + np.array(transform.mean)
         assert np.abs(grey * 255 - np.asarray(image)).max() < 1.01
 
 
@@ -81,7 +83,7 @@ def test_captions_name_the_class_and_fit_the_context() -> None:
     assert "a photo of the capital letter b" in pretrain.captions("B")
     every = [caption for character in pretrain.CHARACTERS for caption in pretrain.captions(character)]
     assert len(set(every)) == len(every)
-    assert max(map(len, every)) <= pretrain.MODEL_CFG["text_cfg"]["context_length"] - 2
+    assert max(map(len, every)) <= model_config("glyph-clip")["text_cfg"]["context_length"] - 2
 
 
 def test_contrastive_loss_takes_images_of_one_class_as_positives() -> None:
@@ -98,29 +100,25 @@ def test_a_short_run_learns_and_writes_files_that_load(
     tmp_path: Path, atlas: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "render_atlas", lambda: atlas)
-    torch.manual_seed(0)
-    model = pretrain.build_model()
-    pretrain.read_captions(model, TINY)
+    clip = load_clip("glyph-clip", "none")
+    pretrain.read_captions(clip, TINY)
     scans, labels = pretrain.make_glyphs(atlas, TINY.glyphs, seed=0)
-    losses = [loss for _, loss in pretrain.train(model, scans, labels, TINY)]
+    losses = [loss for _, loss in pretrain.train(clip, scans, labels, TINY)]
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
 
     record = pretrain.pretrain(tmp_path, replace(TINY, text_steps=1, steps=1))
     loaded, about = load(tmp_path)
     assert about["trained_with"] == record
-    assert record["command"] == "python -m fastdlp.pretrain --out DIR --text-steps 1 --steps 1 --glyphs 64 --batch 32"
+    assert record["text_steps"] == record["steps"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glyph-clip.json", "glyph-clip.safetensors"]
     assert pretrain.digits_zero_shot(loaded) == pytest.approx(record["digits_zero_shot"], abs=1e-3)
 
 
 @pytest.mark.usefixtures("threads")
 def test_the_weights_that_ship_read_handwriting() -> None:
-    model, about = load(ASSETS)
+    clip, about = load(ASSETS)
     assert sum((ASSETS / f"glyph-clip.{suffix}").stat().st_size for suffix in ("json", "safetensors")) <= 10e6
-    assert about["model_cfg"] == pretrain.MODEL_CFG
-    assert about["preprocess_cfg"] == pretrain.PREPROCESS_CFG
-    assert about["trained_with"]["command"] == "python -m fastdlp.pretrain --out DIR"
     assert {k: about["trained_with"][k] for k in vars(pretrain.Settings())} == vars(pretrain.Settings())
-    accuracy = pretrain.digits_zero_shot(model)
+    accuracy = pretrain.digits_zero_shot(clip)
     assert accuracy > 0.1 + 0.5  # chance is one in ten
     assert accuracy == pytest.approx(about["trained_with"]["digits_zero_shot"], abs=0.01)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdlp.config import TrainConfig
 from fastdlp.data.partition import Partition, hold_out, keep_shots, make_partition
 from fastdlp.data.partition_file import load_partition, save_partition
 from fastdlp.errors import FastdlpError
@@ -18,7 +19,7 @@ IDS = [f"sample/{i:03d}" for i in range(len(LABELS))]
 
 
 def _partition(seed: int = 3) -> Partition:
-    return make_partition(LABELS, clients=6, beta=0.5, seed=seed)
+    return make_partition(LABELS, TrainConfig(clients=6, beta=0.5, partition_seed=seed))
 
 
 def _sized(*sizes: int, seed: int = 3) -> Partition:

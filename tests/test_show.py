@@ -26,7 +26,7 @@ NAMES = [r"$\frac$", "[bold]c", "long name of a class"]
 
 
 def _partition(clients: int = 4) -> Partition:
-    return make_partition(LABELS, clients, beta=0.3, seed=1, dataset="toy")
+    return make_partition(LABELS, TrainConfig(clients=clients, beta=0.3, partition_seed=1), "toy")
 
 
 def _text(table: Table) -> str:
@@ -58,7 +58,7 @@ def test_a_narrow_table_has_every_count() -> None:
 def test_a_wide_table_names_the_largest_classes() -> None:
     labels = np.repeat(np.arange(20), 10)
     labels[:70] = 7
-    partition = make_partition(labels, 2, "iid")
+    partition = make_partition(labels, TrainConfig(clients=2, partition="iid"))
     text = _text(partition_table(partition, labels, [f"class{i}" for i in range(20)]))
     for row in counts(partition, labels).sum(axis=2):
         largest = sorted(range(20), key=lambda i: (-row[i], i))[:4]
@@ -84,7 +84,7 @@ def test_the_map_and_the_bars_hold_the_counts() -> None:
 @pytest.mark.parametrize(("clients", "classes"), [(1, 1), (10, 10), (10, 102), (100, 10), (60, 300)])
 def test_pictures_of_every_shape(tmp_path: Path, clients: int, classes: int) -> None:
     labels = np.arange(900) % classes
-    partition = make_partition(labels, clients, beta=0.1)
+    partition = make_partition(labels, TrainConfig(clients=clients, beta=0.1))
     partition_figure(tmp_path / "p.png", partition, labels, [f"class {i}" for i in range(classes)])
     with Image.open(tmp_path / "p.png") as image:
         assert max(image.size) < 7000
@@ -109,7 +109,7 @@ def test_unused_samples_and_other_schemes_are_shown() -> None:
     part = Partition(part.train[:2], part.test[:2], "file", None, None, 0, 0.25)
     used = sum(map(len, part.train + part.test))
     assert f"{used} of 90 samples · 2 clients · file" in _text(partition_table(part, LABELS, NAMES))
-    pathological = make_partition(LABELS, 3, "pathological", classes_per_client=1)
+    pathological = make_partition(LABELS, TrainConfig(clients=3, partition="pathological", classes_per_client=1))
     assert "1 classes per client" in _text(partition_table(pathological, LABELS, NAMES))
 
 

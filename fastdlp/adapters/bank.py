@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdlp.adapters.branches import AnyBranch, Branch, Site, count_gates
-from fastdlp.adapters.layout import FoldedLayout, Layout, Shapes, flat, folded_layout, lora_layout, tensor_layout
+from fastdlp.adapters.branches import AnyBranch, Branch, Site
+from fastdlp.adapters.layout import FoldedLayout, Layout, Shapes, flat, folded_layout, lora_layout, split
 
 if TYPE_CHECKING:
     from fastdlp.kernels.half_blocks import FoldedRows
@@ -93,7 +93,7 @@ class AdapterBank:
             if isinstance(branch, Branch):
                 layout = lora_layout(self.sites, branch)
             else:
-                layout = tensor_layout((shapes or {})[branch.name])
+                layout = Layout((shapes or {})[branch.name])
             self.layouts[branch.name] = layout
             self.state[branch.name] = BranchState.zeros(slots, layout, self.device)
 
@@ -134,34 +134,33 @@ class AdapterBank:
             seeds: per branch and slot, its seed sequence; slots with equal seeds start equal.
             starts: functions that draw the tensors of a branch that is not a LoRA.
         """
-        for name, branch in self.branches.items():
+        for name in self.branches:
             rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
             for slot, seed in enumerate(seeds[name]):
                 key = tuple(seed)
                 if key not in rows:
                     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-                    if isinstance(branch, Branch):
-                        rows[key] = self._draw(branch, init, rng)
-                    else:
-                        rows[key] = flat((starts or {})[name](rng)), torch.zeros(0)
+                    tensors = self._draw(name, init, rng) if name in self.lora else (starts or {})[name](rng)
+                    gates = torch.from_numpy(rng.normal(0, 1, self.layouts[name].gates)).float()
+                    rows[key] = flat(tensors), gates
                 weights, gates = rows[key]
                 self.state[name].weights[slot] = weights.to(self.device)
                 self.state[name].gates[slot] = gates.to(self.device)
         self.refresh_copies()
 
-    def _draw(self, branch: Branch, init: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        pieces: list[np.ndarray] = []
-        for site in self.sites:
-            shape = len(site.parts) * branch.rank * site.in_features
-            if init == "kaiming":
-                bound = 1 / math.sqrt(site.in_features)
-                a = rng.uniform(-bound, bound, shape)
+    def _draw(self, branch: str, init: str, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        drawn: dict[str, np.ndarray] = {}
+        rank = self.lora[branch].rank
+        for name, shape in self.layouts[branch].in_weights.items():
+            if name.endswith("/B"):
+                drawn[name] = np.zeros(shape)
+            elif init == "kaiming":
+                bound = 1 / math.sqrt(shape[1])
+                drawn[name] = rng.uniform(-bound, bound, shape)
             else:
-                std = 1 / branch.rank if init == "peft-gaussian" else 1 / math.sqrt(branch.rank)
-                a = rng.normal(0, std, shape)
-            pieces += [a, np.zeros(len(site.parts) * site.out_features * branch.rank)]
-        gates = rng.normal(0, 1, count_gates(self.sites, branch.rank) if branch.gated else 0)
-        return torch.from_numpy(np.concatenate(pieces)).float(), torch.from_numpy(gates).float()
+                std = 1 / rank if init == "peft-gaussian" else 1 / math.sqrt(rank)
+                drawn[name] = rng.normal(0, std, shape)
+        return {name: torch.from_numpy(values) for name, values in drawn.items()}
 
     def adapters(self, slots: Tensor, views: Sequence[View], grad: bool) -> Adapters:
         """Shaped copies of the rows `slots` [n] for a batch whose rows see `views` (n · len(views) groups)."""
@@ -235,10 +234,7 @@ class Adapters:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The named tensors [n, *shape] of a branch that is not a LoRA."""
-        weights, _ = self.leaves[name]
-        entries = self.bank.layouts[name].entries
-        pieces = weights.split([entry.where.stop - entry.where.start for entry in entries.values()], dim=1)
-        return {part: piece.unflatten(1, entry.shape) for (part, entry), piece in zip(entries.items(), pieces)}
+        return self.bank.layouts[name].named(self.leaves[name][0], None)
 
     def site(self, index: int, parts: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """A [n, parts, R, K], B [n, parts, N, R] and c [n, views, parts, R] of a site, branches stacked along R."""
@@ -284,15 +280,14 @@ class Adapters:
         """A, B and c of one branch, site by site."""
         sites, rank = self.bank.sites, self.bank.lora[name].rank
         weights, gates = self.leaves[name]
-        n, counts = len(self.slots), [len(site.parts) * rank for site in sites]
-        lengths = [(count * site.in_features, count * site.out_features) for site, count in zip(sites, counts)]
-        pieces = iter(weights.split([length for pair in lengths for length in pair], dim=1))
         view_scale = self.bank.view_scale(name, self.views)[None, :, None]
-        scales = gates[:, None] * view_scale if gates.shape[1] else view_scale.repeat(n, 1, sum(counts))
-        shaped = []
-        for site, c in zip(sites, scales.split(counts, dim=2)):
-            parts = len(site.parts)
-            a = next(pieces).view(n, parts, rank, site.in_features)
-            b = next(pieces).view(n, parts, site.out_features, rank)
-            shaped.append((a, b, c.view(n, len(self.views), parts, rank)))
-        return shaped
+        shapes, of_scales = {}, {site.name: (len(site.parts), rank) for site in sites}
+        for site in sites:
+            shapes[f"{site.name}/A"] = (len(site.parts), rank, site.in_features)
+            shapes[f"{site.name}/B"] = (len(site.parts), site.out_features, rank)
+        if gates.shape[1]:
+            scales = gates[:, None] * view_scale
+        else:
+            scales = view_scale.repeat(len(self.slots), 1, sum(map(math.prod, of_scales.values())))
+        tensors, c = split(weights, shapes), split(scales, of_scales)
+        return [(tensors[f"{site.name}/A"], tensors[f"{site.name}/B"], c[site.name]) for site in sites]

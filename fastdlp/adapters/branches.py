@@ -31,10 +31,6 @@ class Site:
     in_features: int
     out_features: int
 
-    def parameters(self, rank: int) -> int:
-        """Entries of A and B of all parts at this rank."""
-        return len(self.parts) * rank * (self.in_features + self.out_features)
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -83,13 +79,3 @@ def tower_sites(shape: TowerShape) -> tuple[Site, ...]:
         ]
     sites.append(Site("proj", ("proj",), w, shape.embed))
     return tuple(sites)
-
-
-def count_parameters(sites: tuple[Site, ...], rank: int) -> int:
-    """A and B of one branch over all sites: 334,336 for the image tower of ViT-B/32 at rank 2."""
-    return sum(site.parameters(rank) for site in sites)
-
-
-def count_gates(sites: tuple[Site, ...], rank: int) -> int:
-    """Gate entries of one gated branch over all sites."""
-    return sum(len(site.parts) * rank for site in sites)

@@ -20,26 +20,20 @@ HEADS = ("attention", "classifier")
 
 def head_shapes(head: str, embed: int, classes: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a head's tensors; for d = 512 an attention has 525,312 entries (the papers' 0.525 M)."""
-    if head == "attention":
-        return {
-            "fc1/weight": (embed, embed),
-            "fc1/bias": (embed,),
-            "fc2/weight": (embed, embed),
-            "fc2/bias": (embed,),
-        }
-    return {"classifier/weight": (classes, embed), "classifier/bias": (classes,)}
+    outputs = {"fc1": embed, "fc2": embed} if head == "attention" else {"classifier": classes}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for linear, width in outputs.items():
+        shapes |= {f"{linear}/weight": (width, embed), f"{linear}/bias": (width,)}
+    return shapes
 
 
 def init_head(head: str, embed: int, classes: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Initial tensors: identities for attention; as torch's Linear, uniform in ±1/sqrt(d), for a classifier."""
+    shapes = head_shapes(head, embed, classes)
     if head == "attention":
-        eye, zero = torch.eye(embed), torch.zeros(embed)
-        return {"fc1/weight": eye, "fc1/bias": zero, "fc2/weight": eye.clone(), "fc2/bias": zero.clone()}
+        return {name: torch.eye(embed) if len(shape) == 2 else torch.zeros(shape) for name, shape in shapes.items()}
     bound = 1 / math.sqrt(embed)
-    return {
-        name: torch.from_numpy(rng.uniform(-bound, bound, shape)).float()
-        for name, shape in head_shapes(head, embed, classes).items()
-    }
+    return {name: torch.from_numpy(rng.uniform(-bound, bound, shape)).float() for name, shape in shapes.items()}
 
 
 def attend(features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,51 +1,43 @@
 """The layout of a branch's named tensors in its flat rows: weights [D], and gates [Q] in a separate row.
 
-LoRA: site by site, A of all its parts before B. Every named tensor is contiguous, so naming is slicing.
+LoRA: site by site, A of all its parts before B. Every named tensor is contiguous, so naming is splitting.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastdlp.adapters.branches import Branch, Site, count_gates, count_parameters
+from fastdlp.adapters.branches import Branch, Site
 from fastdlp.kernels.low_rank import BranchOffsets, PartOffsets, padded
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One named tensor: at offset `start` in the row of the gates or of the weights."""
+class Layout:
+    """The shapes of a branch's tensors by name, in the order in which they follow each other in the two rows."""
 
-    gate: bool
-    start: int
-    shape: tuple[int, ...]
+    in_weights: Shapes
+    in_gates: Shapes = field(default_factory=dict)
 
     @property
-    def where(self) -> slice:
-        return slice(self.start, self.start + math.prod(self.shape))
+    def weights(self) -> int:
+        """D, the length of the row of weights."""
+        return sum(map(math.prod, self.in_weights.values()))
 
-
-@dataclass(frozen=True)
-class Layout:
-    """The entries of a branch by name, and the lengths D and Q of its rows."""
-
-    entries: Mapping[str, Entry]
-    weights: int
-    gates: int
+    @property
+    def gates(self) -> int:
+        """Q, the length of the row of gates."""
+        return sum(map(math.prod, self.in_gates.values()))
 
     def named(self, weights: Tensor, gates: Tensor | None) -> dict[str, Tensor]:
         """Views [..., *shape] of rows [..., D] and [..., Q]; without `gates`, the weights only."""
-        return {
-            name: (gates if entry.gate else weights)[..., entry.where].unflatten(-1, entry.shape)  # type: ignore[index]
-            for name, entry in self.entries.items()
-            if gates is not None or not entry.gate
-        }
+        return split(weights, self.in_weights) | ({} if gates is None else split(gates, self.in_gates))
 
     def load(self, tensors: Mapping[str, Tensor], weights: Tensor, gates: Tensor) -> None:
         """Write named tensors into rows [D] and [Q].
@@ -53,35 +45,35 @@ class Layout:
         Raises:
             ValueError: names or shapes that are not this layout's.
         """
-        if set(self.entries) != set(tensors):
-            odd = sorted(set(self.entries) ^ set(tensors))
+        views = self.named(weights, gates)
+        if odd := sorted(views.keys() ^ tensors.keys()):
             raise ValueError(f"adapter of another shape: {odd[0]} and {len(odd) - 1} other names do not match")
-        for name, entry in self.entries.items():
-            if tuple(tensors[name].shape) != entry.shape:
-                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {entry.shape}")
-        for name, entry in self.entries.items():
-            (gates if entry.gate else weights)[entry.where] = tensors[name].flatten().to(weights)
+        for name, view in views.items():
+            if tensors[name].shape != view.shape:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(view.shape)}")
+        for name, view in views.items():
+            view.copy_(tensors[name])
 
 
-def lora_offsets(sites: Sequence[Site], rank: int) -> Iterator[tuple[str, Site, int, int, int]]:
-    """(name, site, offset of A, of B, of the gate) of every part in a LoRA branch's rows."""
-    weights = gates = 0
-    for site in sites:
-        parts, a, b = len(site.parts), rank * site.in_features, rank * site.out_features
-        for i, part in enumerate(site.parts):
-            yield part, site, weights + i * a, weights + parts * a + i * b, gates + i * rank
-        weights, gates = weights + parts * (a + b), gates + parts * rank
+def split(rows: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """Views [..., *shape] of rows [..., length]; the backward of all of them is one concatenation."""
+    pieces = rows.split([math.prod(shape) for shape in shapes.values()], dim=-1)
+    return {name: piece.unflatten(-1, shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The row [D] of tensors in the order given, fp32 on the CPU."""
+    return torch.cat([tensor.detach().flatten().float().cpu() for tensor in tensors.values()])
 
 
 def lora_layout(sites: Sequence[Site], branch: Branch) -> Layout:
     """Names `{site part}/{A|B|gate}`: A [r, K], B [N, r], gate [r]."""
-    rank, entries = branch.rank, {}
-    for part, site, a, b, gate in lora_offsets(sites, rank):
-        entries[f"{part}/A"] = Entry(False, a, (rank, site.in_features))
-        entries[f"{part}/B"] = Entry(False, b, (site.out_features, rank))
-        if branch.gated:
-            entries[f"{part}/gate"] = Entry(True, gate, (rank,))
-    return Layout(entries, count_parameters(tuple(sites), rank), count_gates(tuple(sites), rank) * branch.gated)
+    rank = branch.rank
+    weights: dict[str, tuple[int, ...]] = {}
+    for site in sites:
+        weights |= {f"{part}/A": (rank, site.in_features) for part in site.parts}
+        weights |= {f"{part}/B": (site.out_features, rank) for part in site.parts}
+    return Layout(weights, {f"{part}/gate": (rank,) for site in sites for part in site.parts if branch.gated})
 
 
 @dataclass(frozen=True)
@@ -100,23 +92,13 @@ def folded_layout(sites: Sequence[Site], ranks: Sequence[int]) -> FoldedLayout:
     down = up = 0
     for number, rank in enumerate(ranks):
         parts: list[PartOffsets] = []
-        down = up = 0
-        for _, site, a, b, c in lora_offsets(sites, rank):
-            parts.append(PartOffsets(site.in_features, site.out_features, a, b, c, down, up))
-            down, up = down + padded_rank * site.in_features, up + padded_rank * site.out_features
+        a = gate = down = up = 0
+        for site in sites:
+            b = a + len(site.parts) * rank * site.in_features
+            for _ in site.parts:
+                parts.append(PartOffsets(site.in_features, site.out_features, a, b, gate, down, up))
+                a, b, gate = a + rank * site.in_features, b + rank * site.out_features, gate + rank
+                down, up = down + padded_rank * site.in_features, up + padded_rank * site.out_features
+            a = b  # the next site begins where the last B ends
         branches.append(BranchOffsets(tuple(parts), rank, sum(ranks[:number])))
     return FoldedLayout(tuple(branches), down, up)
-
-
-def tensor_layout(shapes: Shapes) -> Layout:
-    """Tensors concatenated in the order given."""
-    entries, start = {}, 0
-    for name, shape in shapes.items():
-        entries[name] = Entry(False, start, tuple(shape))
-        start += math.prod(shape)
-    return Layout(entries, start, 0)
-
-
-def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The row [D] of tensors in the order given, fp32 on the CPU."""
-    return torch.cat([tensor.detach().flatten().float().cpu() for tensor in tensors.values()])

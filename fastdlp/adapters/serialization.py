@@ -35,19 +35,23 @@ def shared_tensors(bank: AdapterBank, server: Mapping[str, Tensor], federation: 
     }
 
 
-def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def by_branch(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of `{branch}/{name}` by branch, then by name."""
+    branches: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        branch, _, name = full_name.partition("/")
+        branches.setdefault(branch, {})[name] = tensor
+    return branches
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
     """Serialize named tensors as one safetensors message; b"" for none."""
-    return safetensors.torch.save(dict(tensors), metadata) if tensors else b""
+    return safetensors.torch.save(dict(tensors)) if tensors else b""
 
 
 def message_bytes(bank: AdapterBank, shared: Sequence[str]) -> int:
     """The length of `pack`'s result for these branches, computed without serializing; 0 for none."""
-    shapes = {
-        f"{branch}/{name}": entry.shape
-        for branch in shared
-        for name, entry in bank.layouts[branch].entries.items()
-        if not entry.gate
-    }
+    shapes = {f"{b}/{name}": shape for b in shared for name, shape in bank.layouts[b].in_weights.items()}
     if not shapes:
         return 0
     header: dict[str, Any] = {}
@@ -85,13 +89,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load_client(bank: AdapterBank, slot: int, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load the result of `client_tensors` into a slot. Raises FastdlpError for adapters of another shape."""
-    by_branch: dict[str, dict[str, Tensor]] = {branch: {} for branch in bank.trained}
-    for name, tensor in tensors.items():
-        branch, _, rest = name.partition("/")
-        by_branch.setdefault(branch, {})[rest] = tensor
-    if set(by_branch) != set(bank.trained):
-        raise FastdlpError(f"{path} holds the adapters {sorted(by_branch)}, this run has {sorted(bank.trained)}")
-    for branch, named in by_branch.items():
+    branches: dict[str, dict[str, Tensor]] = {branch: {} for branch in bank.trained} | by_branch(tensors)
+    if set(branches) != set(bank.trained):
+        raise FastdlpError(f"{path} holds the adapters {sorted(branches)}, this run has {sorted(bank.trained)}")
+    for branch, named in branches.items():
         try:
             bank.load_named(branch, slot, named)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""CLIP models by open_clip's names, as frozen towers and stems. Only this module and `pretrain` import open_clip.
+"""CLIP models by open_clip's names, as frozen towers and stems. Only this module imports open_clip.
 
 Supported: open_clip's own ViT image towers with its own text transformer (OpenAI, LAION, DataComp, MetaCLIP,
 CLIPA weights; QuickGELU or GELU), by name and tag, by `local-dir:` folder or by a checkpoint file; and the
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastdlp.adapters.branches import TowerShape
 from fastdlp.clip.convert import SUPPORTED, image_stem, image_tower, text_stem, text_tower
 from fastdlp.clip.stem import ImageStem, TextStem, leaves
+from fastdlp.clip.tokenizer import ByteTokenizer
 from fastdlp.clip.tower import Tower
 from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.data.transform import Transform
@@ -40,7 +41,6 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 class Clip:
     """A frozen CLIP in fp32 on the CPU; towers and stems are moved to a device separately."""
 
-    name: str
     image: Tower
     text: Tower
     image_stem: ImageStem
@@ -112,28 +112,38 @@ def load_clip(model: str, pretrained: str | None = None, seed: int = 0) -> Clip:
         FastdlpError: unknown or unsupported model, unknown tag, checkpoint that is missing, damaged or of another
             model, weights that cannot be downloaded.
     """
-    return as_clip(model, *load_net(model, pretrained, seed))
+    import open_clip
 
-
-def load_net(model: str, pretrained: str | None = None, seed: int = 0) -> tuple[Any, dict[str, Any], Any]:
-    """open_clip's own module in fp32 on the CPU, its preprocess_cfg and its tokenizer; arguments as `load_clip`."""
-    if model == EMBEDDED_MODEL:
-        return _load_embedded(pretrained, seed)
-    return _load_open_clip(model, pretrained, seed)
-
-
-def as_clip(name: str, net: Any, preprocess: dict[str, Any], tokenize: Any) -> Clip:
-    """The result of `load_net` as frozen towers and stems, which share its weights."""
+    config = model_config(model)
+    weights, options = _weights(model, pretrained, config)
+    remote = model.startswith("hf-hub:") or bool(weights and not Path(weights).is_file())
+    with torch.random.fork_rng(devices=[]), _quiet(), _hub() if remote else nullcontext():
+        torch.manual_seed(seed)
+        try:
+            if model == EMBEDDED_MODEL:
+                net = open_clip.CLIP(**config)
+                net.visual.preprocess_cfg = description(model)["preprocess_cfg"]
+                if weights:
+                    open_clip.load_checkpoint(net, weights, weights_only=True)
+            else:
+                net = open_clip.create_model(
+                    model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options
+                )
+            if description(model).get("tokenizer") == "bytes":
+                tokenize: Any = ByteTokenizer(config["text_cfg"]["context_length"])
+            else:
+                tokenize = open_clip.get_tokenizer(model)
+        except Exception as error:  # open_clip, the hub client, safetensors and torch raise unrelated types
+            raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
     return Clip(
-        name=name,
         image=image_tower(net.visual),
         text=text_tower(net),
         image_stem=image_stem(net.visual),
         text_stem=text_stem(net),
         tokenize=tokenize,
-        transform=_transform(preprocess),
+        transform=_transform(net.visual.preprocess_cfg),
         logit_scale=float(net.logit_scale.detach().exp()),
-        net=net,
+        net=net.eval(),
     )
 
 
@@ -153,12 +163,9 @@ def model_config(model: str) -> dict[str, Any]:
     """
     import open_clip
 
-    if model == EMBEDDED_MODEL:
-        return _embedded_description()["model_cfg"]
-    if model.startswith("local-dir:"):
-        path = Path(model.removeprefix("local-dir:")) / "open_clip_config.json"
+    if path := _description_file(model):
         try:
-            config = json.loads(path.read_text())["model_cfg"]
+            config = description(model)["model_cfg"]
             if not all(isinstance(config[name], dict) for name in ("vision_cfg", "text_cfg")):
                 raise TypeError("vision_cfg and text_cfg must be objects")
             config["embed_dim"]  # describe needs it
@@ -203,107 +210,59 @@ def _unsupported(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _load_open_clip(model: str, pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    config = model_config(model)
-    options: dict[str, Any] = {}
-    if ":" in model:  # local-dir: and hf-hub: bring their own weights
-        weights = None
-        if pretrained not in (None, "none"):
-            raise FastdlpError(f"--model {model} has its own weights: leave out --pretrained {pretrained}")
-        options = {"load_weights": pretrained is None, "require_pretrained": pretrained is None}
-    else:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        weights = pretrained or ("openai" if "openai" in tags else None)
-        if weights is None:
-            raise FastdlpError(
-                f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
-                "a checkpoint file, or none for random weights"
-            )
-        if weights in tags:
-            options["force_quick_gelu"] = _activation_of_tag(model, weights, config, get_pretrained_cfg(model, weights))
-        elif weights != "none":
-            _check_file(model, weights, tags)
-    if weights == "none":
-        weights = None
-        options |= {"load_weights": False}
-    remote = model.startswith("hf-hub:") or bool(weights and not Path(weights).is_file())
-    with torch.random.fork_rng(devices=[]), _quiet(), _hub() if remote else nullcontext():
-        torch.manual_seed(seed)
-        try:
-            net = open_clip.create_model(
-                model, pretrained=weights, precision="fp32", device="cpu", weights_only=True, **options
-            )
-            tokenize = _tokenizer(model, config)
-        except Exception as error:  # open_clip, the hub client and torch raise unrelated types
-            raise FastdlpError(f"cannot load {model} with weights {weights}: {_load_failure(error)}") from None
-    return net.eval(), net.visual.preprocess_cfg, tokenize
+def _description_file(model: str) -> Path | None:
+    """The JSON file that describes a model which open_clip does not know by its name."""
+    if model == EMBEDDED_MODEL:
+        return _asset("glyph-clip.json")
+    return Path(model.removeprefix("local-dir:")) / "open_clip_config.json" if model.startswith("local-dir:") else None
 
 
-def _tokenizer(model: str, config: dict[str, Any]) -> Any:
-    """open_clip's, or for an exported embedded model its own."""
-    import open_clip
-
-    if model.startswith("local-dir:"):
-        from fastdlp.clip.tokenizer import ByteTokenizer
-
-        description = json.loads((Path(model.removeprefix("local-dir:")) / "open_clip_config.json").read_text())
-        if description.get("tokenizer") == "bytes":
-            return ByteTokenizer(config["text_cfg"]["context_length"])
-    return open_clip.get_tokenizer(model)
-
-
-def _activation_of_tag(model: str, tag: str, config: dict[str, Any], tag_config: dict[str, Any]) -> bool:
-    """Whether to force QuickGELU. open_clip only warns where a tag has another activation than the model."""
-    trained, built = bool(tag_config.get("quick_gelu")), bool(config.get("quick_gelu"))
-    if built and not trained:
-        raise FastdlpError(
-            f"weights {tag!r} were trained with GELU, {model} has QuickGELU: use --model "
-            f"{model.removesuffix('-quickgelu')}"
-        )
-    return trained
-
-
-def _check_file(model: str, path: str, tags: Sequence[str]) -> None:
-    if not Path(path).is_file():
-        names = ", ".join(tags) or "it has none"
-        raise FastdlpError(
-            f"--pretrained {path!r} is neither a file nor a tag of {model} ({names}) or none for random weights"
-        )
-    if Path(path).suffix not in CHECKPOINT_SUFFIXES:
-        raise FastdlpError(f"--pretrained {path}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
-
-
-def _load_embedded(pretrained: str | None, seed: int) -> tuple[Any, dict[str, Any], Any]:
-    import open_clip
-
-    from fastdlp.clip.tokenizer import ByteTokenizer
-
-    description = _embedded_description()
-    config = description["model_cfg"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = open_clip.CLIP(**config)
-    if pretrained != "none":
-        if pretrained is not None:
-            _check_file(EMBEDDED_MODEL, pretrained, [])
-        path = Path(pretrained) if pretrained else _asset("glyph-clip.safetensors")
-        try:
-            with _quiet():
-                open_clip.load_checkpoint(net, str(path), weights_only=True)
-        except Exception as error:  # safetensors and torch raise unrelated types
-            raise FastdlpError(f"cannot load {EMBEDDED_MODEL} with weights {path}: {_load_failure(error)}") from None
-    return net.eval(), description["preprocess_cfg"], ByteTokenizer(config["text_cfg"]["context_length"])
-
-
-def _embedded_description() -> dict[str, Any]:
-    return json.loads(_asset("glyph-clip.json").read_text())
+def description(model: str) -> dict[str, Any]:
+    """The content of that file: model_cfg and preprocess_cfg as in open_clip's folders, tokenizer; {} without one."""
+    path = _description_file(model)
+    return json.loads(path.read_text()) if path else {}
 
 
 def _asset(name: str) -> Path:
     return Path(str(resources.files("fastdlp") / "assets" / name))
+
+
+def _weights(model: str, pretrained: str | None, config: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The tag or checkpoint file to load, None for the model's own or random weights; options of `create_model`."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if ":" in model:  # local-dir: and hf-hub: bring their own weights
+        if pretrained not in (None, "none"):
+            raise FastdlpError(f"--model {model} has its own weights: leave out --pretrained {pretrained}")
+        return None, {"load_weights": pretrained is None, "require_pretrained": pretrained is None}
+    if pretrained == "none":
+        return None, {"load_weights": False}
+    if pretrained is None and model == EMBEDDED_MODEL:
+        return str(_asset("glyph-clip.safetensors")), {}
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    weights = pretrained or ("openai" if "openai" in tags else None)
+    if weights is None:
+        raise FastdlpError(
+            f"--pretrained is needed for {model}: one of {', '.join(tags) or 'no tag is known'}, "
+            "a checkpoint file, or none for random weights"
+        )
+    if weights in tags:
+        trained = bool(get_pretrained_cfg(model, weights).get("quick_gelu"))
+        if config.get("quick_gelu") and not trained:  # open_clip only warns
+            raise FastdlpError(
+                f"weights {weights!r} were trained with GELU, {model} has QuickGELU: use --model "
+                f"{model.removesuffix('-quickgelu')}"
+            )
+        return weights, {"force_quick_gelu": trained}
+    if not Path(weights).is_file():
+        names = ", ".join(tags) or "it has none"
+        raise FastdlpError(
+            f"--pretrained {weights!r} is neither a file nor a tag of {model} ({names}) or none for random weights"
+        )
+    if Path(weights).suffix not in CHECKPOINT_SUFFIXES:
+        raise FastdlpError(f"--pretrained {weights}: expected a checkpoint ending in {', '.join(CHECKPOINT_SUFFIXES)}")
+    return weights, {}
 
 
 def _load_failure(error: Exception) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 
 PAD, START, END = 0, 257, 258
-VOCAB_SIZE = 259
 
 
 class ByteTokenizer:
@@ -21,8 +20,6 @@ class ByteTokenizer:
 
     Text is lower-cased, its white space is collapsed, and it is truncated before the end token.
     """
-
-    vocab_size = VOCAB_SIZE
 
     def __init__(self, context_length: int = 48) -> None:
         if context_length < 2:

@@ -27,7 +27,7 @@ import PIL
 import torchvision
 from PIL import Image
 
-from fastdlp.data.sources import ImageSource, thread_count
+from fastdlp.data.sources import ImageSource, Samples, thread_count
 from fastdlp.data.transform import Transform
 from fastdlp.errors import FastdlpError
 from fastdlp.files import atomic_path, cache_root, write_atomic
@@ -39,26 +39,16 @@ _STALE = 24 * 3600  # age in seconds from which a temporary file is regarded as 
 
 
 @dataclass(frozen=True, eq=False)
-class Pixels:
-    """A preprocessed data set.
+class Pixels(Samples):
+    """The readable samples of a data set, preprocessed.
 
     Attributes:
         data: uint8 [n, 3, S, S], the cache file mapped read-only.
-        labels: int64 [n], indices into class_names.
-        ids: n sample names.
-        class_names: one name per class.
-        template: the prompt, with one {} for the class name.
-        name: the data set's name.
         bad: "id: reason" for each sample that was dropped.
         fingerprint: of the source, dropped samples included.
     """
 
     data: np.ndarray
-    labels: np.ndarray
-    ids: list[str]
-    class_names: list[str]
-    template: str
-    name: str
     bad: list[str]
     fingerprint: str
 
@@ -83,10 +73,6 @@ def load_pixels(
         FastdlpError: bad samples and on_bad is "refuse"; a class without a readable sample; a cache folder that
             cannot be written.
     """
-    if on_bad not in ("refuse", "skip"):
-        raise FastdlpError(f"unknown choice {on_bad!r} for bad images: use refuse or skip")
-    if not len(source):
-        raise FastdlpError(f"the data set {source.name} holds no samples")
     fingerprint = source.fingerprint()
     # With the versions of decoder and resampler, which may round differently.
     parts = [str(FORMAT_VERSION), PIL.__version__, torchvision.__version__, transform.key(), fingerprint]
@@ -97,7 +83,7 @@ def load_pixels(
     shape = (3, transform.size, transform.size)
     found = _read_entry(entry, key, len(source), shape)
     if found is None:
-        _check_bad(source, _write_entry(entry, key, source, transform, progress), on_bad)
+        _write_entry(entry, key, source, transform, progress)
         found = _read_entry(entry, key, len(source), shape)
     if found is None:
         raise FastdlpError(f"the cache file {entry} cannot be read back: remove it and try again")
@@ -105,12 +91,12 @@ def load_pixels(
     _check_bad(source, bad, on_bad)
     good = [index for index in range(len(source)) if index not in bad]
     return Pixels(
-        data=data,
+        name=source.name,
+        class_names=source.class_names,
+        template=source.template,
         labels=source.labels[good],
         ids=[source.ids[index] for index in good],
-        class_names=list(source.class_names),
-        template=source.template,
-        name=source.name,
+        data=data,
         bad=[f"{source.ids[index]}: {reason}" for index, reason in bad.items()],
         fingerprint=fingerprint,
     )
@@ -156,8 +142,8 @@ def _write_entry(
     source: ImageSource,
     transform: Transform,
     progress: Callable[[int, int], None] | None,
-) -> dict[int, str]:
-    """Decode everything and write the readable samples; returns the bad ones {index: reason}.
+) -> None:
+    """Decode everything and write the readable samples, and the bad ones {index: reason} in the entry's record.
 
     The entry does not depend on `on_bad`, so a data set that was refused is not decoded again to skip bad samples.
     """
@@ -176,7 +162,6 @@ def _write_entry(
         _write_header(file, len(source) - len(bad), transform.size)
     record = {"format": "fastdlp-pixels", "key": key, "data": source.name, "bad": list(bad.items())}
     write_atomic(entry.with_suffix(".json"), json.dumps(record, indent=1), _HINT)
-    return bad
 
 
 def _write_header(file: BinaryIO, count: int, size: int) -> None:

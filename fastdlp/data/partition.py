@@ -7,12 +7,11 @@ depends on its arguments alone. `fastdlp.data.partition_file` writes it as sampl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
+from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 
 SCHEMES = ("dirichlet", "iid", "pathological")
@@ -30,7 +29,7 @@ class Partition:
         beta: concentration of the Dirichlet distribution; None in other schemes.
         classes_per_client: of "pathological"; None in other schemes.
         seed: of the random streams.
-        draws: number of splits drawn; more than 1 only with `on_empty="redraw"`.
+        draws: number of splits drawn; more than 1 only with `empty_clients="redraw"`.
         test_fraction: fraction of each client's samples that is test.
         dataset, fingerprint: of the data; "" if not given.
         val: as train and test; [] without validation.
@@ -59,63 +58,48 @@ class Partition:
         return [client for client, samples in enumerate(self.train) if not len(samples)]
 
 
-def make_partition(
-    labels: np.ndarray,
-    clients: int = 10,
-    scheme: str = "dirichlet",
-    beta: float = 0.1,
-    classes_per_client: int = 2,
-    seed: int = 0,
-    test_fraction: float = 0.25,
-    on_empty: Literal["keep", "refuse", "redraw"] = "keep",
-    dataset: str = "",
-    fingerprint: str = "",
-) -> Partition:
+def make_partition(labels: np.ndarray, config: TrainConfig, dataset: str = "", fingerprint: str = "") -> Partition:
     """Assign the samples to clients, then split those of each client into training and test.
+
+    Schemes: "dirichlet": per class, the clients' proportions ~ Dirichlet(beta), small is uneven; "iid": at random,
+    sizes that differ by one at most; "pathological": classes_per_client classes each, a class split evenly among its
+    clients. The fraction of test samples is rounded down, at least one of two or more samples, none of one sample.
 
     Args:
         labels: int [n], the class of each sample.
-        clients: how many clients.
-        scheme: "dirichlet": per class, the clients' proportions ~ Dirichlet(beta); "iid": at random, sizes that
-            differ by one at most; "pathological": classes_per_client classes each, a class split evenly among its
-            clients.
-        beta: small is uneven. Any positive number works; in the limit 0 each class has one client.
-        classes_per_client: for "pathological".
-        seed: 0 or more. Equal arguments give equal partitions.
-        test_fraction: between 0 and 1; rounded down, at least one of two or more samples, none of one sample.
-        on_empty: clients without a training sample are kept, refused, or avoided by drawing again, 100 times
-            at most.
+        config: its `PARTITION_OPTIONS`, with one of SCHEMES as partition. Equal options give equal partitions. With
+            `empty_clients` "redraw" at most 100 splits are drawn.
         dataset, fingerprint: of the data, recorded in the partition.
 
     Raises:
-        FastdlpError: arguments out of range, or empty clients that on_empty does not allow.
+        FastdlpError: more clients or classes than there are, or empty clients that `empty_clients` does not allow.
     """
-    labels = np.asarray(labels)
-    _check_arguments(labels, clients, scheme, beta, classes_per_client, seed, test_fraction, on_empty)
+    scheme, clients = config.partition, config.clients
+    _check_sizes(labels, config)
     for draw in range(_MAX_DRAWS):
-        rng = _generator(seed, draw)
+        rng = _generator(config.partition_seed, draw)
         if scheme == "dirichlet":
-            parts = _assign_dirichlet(rng, labels, clients, beta)
+            parts = _assign_dirichlet(rng, labels, clients, config.beta)
         elif scheme == "iid":
             parts = np.array_split(rng.permutation(len(labels)), clients)
         else:
-            parts = _assign_classes(rng, labels, clients, classes_per_client)
-        splits = [_split(rng, part, test_fraction) for part in parts]
+            parts = _assign_classes(rng, labels, clients, config.classes_per_client)
+        splits = [_split(rng, part, config.test_fraction) for part in parts]
         partition = Partition(
             train=[train for train, _ in splits],
             test=[test for _, test in splits],
             scheme=scheme,
-            beta=float(beta) if scheme == "dirichlet" else None,
-            classes_per_client=classes_per_client if scheme == "pathological" else None,
-            seed=seed,
-            test_fraction=test_fraction,
+            beta=float(config.beta) if scheme == "dirichlet" else None,
+            classes_per_client=config.classes_per_client if scheme == "pathological" else None,
+            seed=config.partition_seed,
+            test_fraction=config.test_fraction,
             draws=draw + 1,
             dataset=dataset,
             fingerprint=fingerprint,
         )
-        if not partition.empty or on_empty == "keep":
+        if not partition.empty or config.empty_clients == "keep":
             return partition
-        if on_empty == "refuse":
+        if config.empty_clients == "refuse":
             raise FastdlpError(
                 f"clients without a training sample: {', '.join(map(str, partition.empty))}; use fewer clients, a "
                 "larger beta or another seed, or keep or redraw empty clients"
@@ -231,40 +215,21 @@ def _generator(*seeds: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seeds)))
 
 
-def _check_arguments(
-    labels: np.ndarray,
-    clients: int,
-    scheme: str,
-    beta: float,
-    classes_per_client: int,
-    seed: int,
-    test_fraction: float,
-    on_empty: str,
-) -> None:
-    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise FastdlpError("the labels must be a non-empty list of class indices, 0 or more")
-    if scheme not in SCHEMES:
-        raise FastdlpError(f"unknown partition scheme {scheme!r}: use one of {', '.join(SCHEMES)}")
-    if on_empty not in ("keep", "refuse", "redraw"):
-        raise FastdlpError(f"unknown choice {on_empty!r} for empty clients: use keep, refuse or redraw")
-    if not 1 <= clients <= len(labels):
+def _check_sizes(labels: np.ndarray, config: TrainConfig) -> None:
+    """Raise FastdlpError where the data have too few samples for the clients, or too few or many classes."""
+    clients, each = config.clients, config.classes_per_client
+    if clients > len(labels):
         raise FastdlpError(f"{clients} clients for {len(labels)} samples: use 1 to {len(labels)}")
-    if seed < 0:
-        raise FastdlpError(f"the partition seed is {seed}: use 0 or more")
-    if not 0 < test_fraction < 1:
-        raise FastdlpError(f"the test fraction is {test_fraction}: use a number between 0 and 1")
-    if scheme == "dirichlet" and not (beta > 0 and math.isfinite(beta)):
-        raise FastdlpError(f"beta is {beta}: use a positive number, or the scheme iid for an even split")
-    if scheme == "pathological":
-        classes = len(np.unique(labels))
-        if not 1 <= classes_per_client <= classes:
-            raise FastdlpError(f"{classes_per_client} classes per client, of {classes}: use 1 to {classes}")
-        if clients * classes_per_client < classes:
-            raise FastdlpError(
-                f"{clients} clients with {classes_per_client} classes each hold at most "
-                f"{clients * classes_per_client} of the {classes} classes: use at least "
-                f"{-(-classes // clients)} classes per client or {-(-classes // classes_per_client)} clients"
-            )
+    if config.partition != "pathological":
+        return
+    classes = len(np.unique(labels))
+    if each > classes:
+        raise FastdlpError(f"{each} classes per client, of {classes}: use 1 to {classes}")
+    if clients * each < classes:
+        raise FastdlpError(
+            f"{clients} clients with {each} classes each hold at most {clients * each} of the {classes} classes: use "
+            f"at least {-(-classes // clients)} classes per client or {-(-classes // each)} clients"
+        )
 
 
 def _split(rng: np.random.Generator, part: np.ndarray, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:

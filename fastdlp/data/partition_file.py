@@ -50,18 +50,7 @@ def partition_of(
         FastdlpError: neither a scheme nor a file; as `make_partition`, `load_partition` and `hold_out`.
     """
     if config.partition in SCHEMES:
-        partition = make_partition(
-            labels,
-            clients=config.clients,
-            scheme=config.partition,
-            beta=config.beta,
-            classes_per_client=config.classes_per_client,
-            seed=config.partition_seed,
-            test_fraction=config.test_fraction,
-            on_empty=config.empty_clients,
-            dataset=dataset,
-            fingerprint=fingerprint,
-        )
+        partition = make_partition(labels, config, dataset, fingerprint)
     elif Path(config.partition).is_file():
         partition = load_partition(config.partition, ids, dataset)
     else:

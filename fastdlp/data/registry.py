@@ -28,15 +28,15 @@ class Benchmark:
 
     Attributes:
         folder: the data set's folder in data_dir.
-        template: the prompt, OpenAI's first one for CLIP where there is one.
         fetch: downloads the data set to a given folder; None if it cannot be downloaded without an account.
+        template: the prompt, OpenAI's first one for CLIP where there is one.
         instructions: how to get it, where `fetch` is None.
         pickled: a folder with the same samples as Python pickles, which are not read.
     """
 
     folder: str
-    template: str
     fetch: Callable[[Path], None] | None
+    template: str = "a photo of a {}."
     instructions: str = ""
     pickled: str = ""
 
@@ -66,57 +66,53 @@ def _fetch_caltech101(into: Path) -> None:
 
 # Zips are unpacked by `download.unpack`: torchvision's function lets zipfile rename members that point outside.
 BENCHMARKS = {
-    "pets": Benchmark("oxford-iiit-pet", "a photo of a {}, a type of pet.", _torchvision("OxfordIIITPet")),
-    "flowers": Benchmark("flowers-102", "a photo of a {}, a type of flower.", _torchvision("Flowers102")),
-    "aircraft": Benchmark("fgvc-aircraft-2013b", "a photo of a {}, a type of aircraft.", _torchvision("FGVCAircraft")),
-    "dtd": Benchmark("dtd", "a photo of a {} texture.", _torchvision("DTD")),
+    "pets": Benchmark("oxford-iiit-pet", _torchvision("OxfordIIITPet"), "a photo of a {}, a type of pet."),
+    "flowers": Benchmark("flowers-102", _torchvision("Flowers102"), "a photo of a {}, a type of flower."),
+    "aircraft": Benchmark("fgvc-aircraft-2013b", _torchvision("FGVCAircraft"), "a photo of a {}, a type of aircraft."),
+    "dtd": Benchmark("dtd", _torchvision("DTD"), "a photo of a {} texture."),
     "cifar10": Benchmark(
         "cifar-10-batches-bin",
-        "a photo of a {}.",
         _archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
         pickled="cifar-10-batches-py",
     ),
     "cifar100": Benchmark(
         "cifar-100-binary",
-        "a photo of a {}.",
         _archive("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
         pickled="cifar-100-python",
     ),
     "tiny-imagenet": Benchmark(
         "tiny-imagenet-200",
-        "a photo of a {}.",
         _archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
     ),
-    "caltech101": Benchmark("caltech101", "a photo of a {}.", _fetch_caltech101),
+    "caltech101": Benchmark("caltech101", _fetch_caltech101),
     "cars": Benchmark(
         "stanford_cars",
-        "a photo of a {}.",
         fetch=None,
         instructions="its host is offline; https://github.com/pytorch/vision/issues/7545 says where to get cars_train, "
         "cars_test, devkit and cars_test_annos_withlabels.mat",
     ),
-    "country211": Benchmark("country211", "a photo i took in {}.", _torchvision("Country211")),
+    "country211": Benchmark("country211", _torchvision("Country211"), "a photo i took in {}."),
     "eurosat": Benchmark(
         "eurosat",
-        "a centered satellite photo of {}.",
         _archive(
             "https://huggingface.co/datasets/torchgeo/eurosat/resolve/"
             "c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip",
             "c8fa014336c82ac7804f0398fcb19387",
             "eurosat",
         ),
+        "a centered satellite photo of {}.",
     ),
     "fer2013": Benchmark(
         "fer2013",
-        "a photo of a {} looking face.",
         fetch=None,
+        template="a photo of a {} looking face.",
         instructions="get fer2013.csv or icml_face_data.csv, with an account, from "
         "https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge",
     ),
-    "fashionmnist": Benchmark("FashionMNIST", "a photo of a {}, a type of clothing.", _torchvision("FashionMNIST")),
-    "food101": Benchmark("food-101", "a photo of {}, a type of food.", _torchvision("Food101")),
-    "sst2": Benchmark("rendered-sst2", "a {} review of a movie.", _torchvision("RenderedSST2")),
-    "sun397": Benchmark("SUN397", "a photo of a {}.", _torchvision("SUN397")),
+    "fashionmnist": Benchmark("FashionMNIST", _torchvision("FashionMNIST"), "a photo of a {}, a type of clothing."),
+    "food101": Benchmark("food-101", _torchvision("Food101"), "a photo of {}, a type of food."),
+    "sst2": Benchmark("rendered-sst2", _torchvision("RenderedSST2"), "a {} review of a movie."),
+    "sun397": Benchmark("SUN397", _torchvision("SUN397")),
 }
 
 DATASETS = ("digits", *BENCHMARKS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,8 @@ from fastdlp.errors import FastdlpError
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSource:
-    """Interface of every data set; subclasses define where a sample's bytes are.
+class Samples:
+    """The labelled samples of a data set.
 
     Attributes:
         name: the data set's name, the same on every machine.
@@ -39,6 +40,11 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.ids)
 
+
+@dataclass(frozen=True, eq=False)
+class ImageSource(Samples):
+    """Interface of every data set; subclasses define where a sample's bytes are."""
+
     def open(self, index: int) -> Image.Image:
         """Decode one sample fully. Raises whatever the decoder raises on a broken one."""
         raise NotImplementedError
@@ -49,8 +55,6 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the ids, the labels and every sample's bytes: equal only if the data are."""
-        from concurrent.futures import ThreadPoolExecutor
-
         total = hashlib.sha256()
         with ThreadPoolExecutor(thread_count()) as pool:
             for name, label, digest in zip(self.ids, self.labels, pool.map(self.digest, range(len(self)))):

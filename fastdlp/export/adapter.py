@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdlp.adapters.branches import Site
+from fastdlp.adapters.branches import Branch, Site
+from fastdlp.adapters.layout import lora_layout
 from fastdlp.errors import FastdlpError
 
 _NAME = re.compile(r"((\d+)\.(q|k|v|out|fc1|fc2)|proj)/([AB])")
@@ -87,11 +88,8 @@ class LoRA:
         Raises:
             FastdlpError: an adapted linear that the tower does not have, or that has another shape there.
         """
-        tensors: dict[str, Tensor] = {}
-        for site in sites:
-            for part in site.parts:
-                tensors[f"{part}/A"] = torch.zeros(self.rank, site.in_features)
-                tensors[f"{part}/B"] = torch.zeros(site.out_features, self.rank)
+        layout = lora_layout(sites, Branch("", self.rank, gated=False))
+        tensors = {name: torch.zeros(shape) for name, shape in layout.in_weights.items()}
         for name, tensor in self.tensors.items():
             if name not in tensors:
                 raise FastdlpError(f"{origin} adapts {name.partition('/')[0]}, which the model's tower does not have")

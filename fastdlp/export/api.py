@@ -6,16 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastdlp.clip.load import model_config
-from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
-from fastdlp.export.file_format import read_adapter, write_adapter, write_weights
-from fastdlp.export.open_clip_format import write_merged
-from fastdlp.export.peft_format import CONFIG, PICKLE, hub_model, read_peft, write_peft
-from fastdlp.export.trained import Trained, read_trained
+from fastdlp.export.file_format import export_file, read_adapter
+from fastdlp.export.open_clip_format import export_merged
+from fastdlp.export.peft_format import CONFIG, PICKLE, export_peft, read_peft
+from fastdlp.export.trained import read_trained
 
-FORMATS = ("peft", "open_clip", "safetensors")
+# Functions that write a `Trained` to a path and return how to load it.
+FORMATS = {"peft": export_peft, "open_clip": export_merged, "safetensors": export_file}
 
 
 def export_adapter(run: str | Path, out: str | Path, format: str = "peft", client: int | None = None) -> dict[str, Any]:
@@ -43,8 +42,7 @@ def export_adapter(run: str | Path, out: str | Path, format: str = "peft", clien
     if os.path.lexists(path):
         raise FastdlpError(f"{out} exists: name another --out")
     trained = read_trained(run, client)
-    load = {"peft": _peft, "open_clip": _open_clip, "safetensors": _safetensors}[format](path, trained)
-    adapter = trained.adapter
+    load, adapter = FORMATS[format](path, trained), trained.adapter
     return {
         "run": str(run),
         "client": client,
@@ -79,39 +77,3 @@ def load_adapter(path: str | Path) -> LoRA:
         pickle = f" but a pickle, {PICKLE}" if (path / PICKLE).is_file() else ""
         raise FastdlpError(f"{path} holds no {CONFIG}{pickle}: name PEFT's folder or a .safetensors file")
     return read_peft(path)
-
-
-def _peft(path: Path, trained: Trained) -> str:
-    if trained.adapter is None:
-        heads = any("/" in name for name in trained.weights)
-        alternative = "--format safetensors" if heads else "--format open_clip or safetensors"
-        raise FastdlpError(
-            f"{trained.config.method} trains no LoRA, and PEFT's folder holds nothing else: use {alternative}"
-        )
-    if path.suffix == ".safetensors":
-        raise FastdlpError(f"--format peft writes a folder: pass an --out without {path.suffix}")
-    write_peft(path, trained.adapter, model_config(trained.config.model))
-    if base := hub_model(trained.about["model"], trained.about["pretrained"]):
-        return f'PeftModel.from_pretrained(CLIPModel.from_pretrained("{base}"), "{path}")'
-    return (
-        f'PeftModel.from_pretrained(model, "{path}"), where model is a transformers CLIPModel with the weights of '
-        f"{trained.about['model']}: none is known on the hub; --format open_clip needs none"
-    )
-
-
-def _open_clip(path: Path, trained: Trained) -> str:
-    name = write_merged(path, trained)
-    if path.suffix != ".safetensors":
-        return f'open_clip.create_model("{name}"), or fastdlp\'s --model {name}'
-    ours = f"--model {name} --pretrained {path}"
-    return ours if name == EMBEDDED_MODEL else f'open_clip.create_model("{name}", pretrained="{path}"), or {ours}'
-
-
-def _safetensors(path: Path, trained: Trained) -> str:
-    if path.suffix != ".safetensors":
-        raise FastdlpError("--format safetensors writes a file: pass an --out that ends in .safetensors")
-    if trained.adapter is None:
-        write_weights(path, trained.weights, trained.about)
-        return f'safetensors.torch.load_file("{path}")'
-    write_adapter(path, trained.adapter)
-    return f'fastdlp.load_adapter("{path}")'

@@ -44,14 +44,12 @@ are left out. Such a file is not read back as an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from fastdlp.adapters.serialization import load_tensors, save_tensors
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
+from fastdlp.export.trained import Trained
 
 LORA, WEIGHTS, VERSION = "fastdlp-lora", "fastdlp-weights", "1"
 
@@ -63,9 +61,19 @@ def write_adapter(path: Path, adapter: LoRA) -> None:
     save_tensors(path, adapter.tensors, dict(adapter.about) | own)
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write the weights of a method without LoRA. Raises FastdlpError where the operating system refuses."""
-    save_tensors(path, tensors, dict(about) | {"format": WEIGHTS, "version": VERSION})
+def export_file(path: Path, trained: Trained) -> str:
+    """Write an adapter or the weights of a method without LoRA; returns how to load the file.
+
+    Raises:
+        FastdlpError: another suffix than .safetensors, or the operating system refuses.
+    """
+    if path.suffix != ".safetensors":
+        raise FastdlpError("--format safetensors writes a file: pass an --out that ends in .safetensors")
+    if trained.adapter is None:
+        save_tensors(path, trained.weights, trained.about | {"format": WEIGHTS, "version": VERSION})
+        return f'safetensors.torch.load_file("{path}")'
+    write_adapter(path, trained.adapter)
+    return f'fastdlp.load_adapter("{path}")'
 
 
 def read_adapter(path: Path) -> LoRA:

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from fastdlp.adapters.serialization import save_tensors
-from fastdlp.clip.load import as_clip, known_models, load_net, model_config
+from fastdlp.clip.load import known_models, load_clip, model_config
 from fastdlp.clip.tokenizer import ByteTokenizer
+from fastdlp.config import EMBEDDED_MODEL
 from fastdlp.data.transform import OPENAI_MEAN, OPENAI_STD
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
@@ -34,7 +35,7 @@ FILE_PREPROCESSING: dict[str, Any] = {
 }
 
 
-def write_merged(path: Path, trained: Trained) -> str:
+def export_merged(path: Path, trained: Trained) -> str:
     """Write the model of a run with the trained part in its weights, so that a LoRA has no cost at inference.
 
     Args:
@@ -42,7 +43,7 @@ def write_merged(path: Path, trained: Trained) -> str:
         trained: an adapter, or weights that open_clip's model has.
 
     Returns:
-        How to load it: open_clip's name for the folder, or for the model that takes the file.
+        How to load it.
 
     Raises:
         FastdlpError: the model is unavailable or has other weights than the run's; weights that it does not have; a
@@ -54,31 +55,33 @@ def write_merged(path: Path, trained: Trained) -> str:
         raise FastdlpError(
             f"{config.method} trains {head}, which is no part of an open_clip model: use --format safetensors"
         )
-    net, preprocess, tokenize = load_net(config.model, config.pretrained, config.seed)
-    clip = as_clip(config.model, net, preprocess, tokenize)
+    clip = load_clip(config.model, config.pretrained, config.seed)
     if clip.fingerprint() != trained.about["weights"]:
         raise FastdlpError(f"the run was trained on other weights than {config.model} has now")
     architecture = dict(model_config(config.model))
     if clip.image.activation == "quick_gelu":  # a tag may ask for it where the model's name does not
         architecture["quick_gelu"] = True
+    net: Any = clip.net
     state = {name: tensor.detach().clone().contiguous() for name, tensor in net.state_dict().items()}
     if trained.adapter is not None:
         add(state, trained.adapter)
     else:
         replace(state, trained.weights)
     if path.suffix == ".safetensors":
-        name = name_for_a_file(config.model, architecture, preprocess)
+        name = name_for_a_file(config.model, architecture, net.visual.preprocess_cfg)
         save_tensors(path, state, trained.about)
-        return name
+        ours = f"--model {name} --pretrained {path}"
+        return ours if name == EMBEDDED_MODEL else f'open_clip.create_model("{name}", pretrained="{path}"), or {ours}'
     with atomic_folder(path) as folder:
-        description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": preprocess}
+        description: dict[str, Any] = {"model_cfg": architecture, "preprocess_cfg": net.visual.preprocess_cfg}
+        tokenize: Any = clip.tokenize
         if isinstance(tokenize, ByteTokenizer):
             description["tokenizer"] = "bytes"
         elif hasattr(tokenize, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the folder itself
             tokenize.save_pretrained(folder)
         write_atomic(folder / "open_clip_config.json", json.dumps(description, indent=2) + "\n")
         save_tensors(folder / "open_clip_model.safetensors", state, trained.about)
-    return f"local-dir:{path}"
+    return f'open_clip.create_model("local-dir:{path}"), or fastdlp\'s --model local-dir:{path}'
 
 
 def add(state: Mapping[str, Tensor], adapter: LoRA) -> None:

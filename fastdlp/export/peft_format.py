@@ -21,8 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from fastdlp.adapters.serialization import load_tensors, save_tensors
+from fastdlp.clip.load import model_config
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
+from fastdlp.export.trained import Trained
 from fastdlp.files import atomic_folder, read_json, write_atomic
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -60,18 +62,36 @@ _TENSOR = re.compile(
 )
 
 
-def write_peft(path: Path, adapter: LoRA, model_config: Mapping[str, Any]) -> None:
-    """Write a folder.
+def export_peft(path: Path, trained: Trained) -> str:
+    """Write a folder; returns how to load it.
 
-    Args:
-        path: must not exist.
-        adapter: of a run, so that its `about` names the model.
-        model_config: open_clip's configuration of the model.
+    Raises:
+        FastdlpError: a method without LoRA, a path for a file, and as `write_peft`.
+    """
+    if trained.adapter is None:
+        heads = any("/" in name for name in trained.weights)
+        alternative = "--format safetensors" if heads else "--format open_clip or safetensors"
+        raise FastdlpError(
+            f"{trained.config.method} trains no LoRA, and PEFT's folder holds nothing else: use {alternative}"
+        )
+    if path.suffix == ".safetensors":
+        raise FastdlpError(f"--format peft writes a folder: pass an --out without {path.suffix}")
+    write_peft(path, trained.adapter, model_config(trained.config.model))
+    if base := hub_model(trained.about["model"], trained.about["pretrained"]):
+        return f'PeftModel.from_pretrained(CLIPModel.from_pretrained("{base}"), "{path}")'
+    return (
+        f'PeftModel.from_pretrained(model, "{path}"), where model is a transformers CLIPModel with the weights of '
+        f"{trained.about['model']}: none is known on the hub; --format open_clip needs none"
+    )
+
+
+def write_peft(path: Path, adapter: LoRA, architecture: Mapping[str, Any]) -> None:
+    """Write the adapter of a run to a folder that must not exist. `architecture`: open_clip's configuration.
 
     Raises:
         FastdlpError: a tower that transformers' CLIPModel cannot express, or the operating system refuses.
     """
-    if why := _not_in_transformers(model_config, adapter.encoder):
+    if why := _not_in_transformers(architecture, adapter.encoder):
         raise FastdlpError(
             f"the {adapter.encoder} tower of {adapter.about['model']} has {why}, which transformers' CLIPModel "
             "cannot express: use --format open_clip or safetensors"
@@ -181,9 +201,9 @@ def _plain_lora(config: dict[str, Any], path: Path) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _not_in_transformers(model_config: Mapping[str, Any], encoder: str) -> str | None:
+def _not_in_transformers(architecture: Mapping[str, Any], encoder: str) -> str | None:
     """The property of a tower of open_clip that CLIPModel cannot express, if any."""
-    tower = model_config["vision_cfg" if encoder == "image" else "text_cfg"]
+    tower = architecture["vision_cfg" if encoder == "image" else "text_cfg"]
     if tower.get("ls_init_value") is not None:
         return "LayerScale"
     if encoder == "image":

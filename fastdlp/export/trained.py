@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdlp.adapters.branches import Branch
-from fastdlp.adapters.serialization import load_tensors
+from fastdlp.adapters.serialization import by_branch, load_tensors
 from fastdlp.config import EMBEDDED_MODEL, TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.export.adapter import LoRA
@@ -79,8 +79,8 @@ def read_trained(run: str | Path, client: int | None) -> Trained:
         raise FastdlpError(f"{run} has no client {client}: its clients are 0 to {config.clients - 1}")
     shared = client is None or method.sequential  # clients of a sequential method hold the server's weights
     path, tensors, _ = load_trained(folder, None if shared else client)
-    branches = {branch.name: branch for branch in method.branches()}
-    scored = [branch for branch in method.shared if branch in branches] if shared else list(method.scored)
+    branches, held = {branch.name: branch for branch in method.branches()}, by_branch(tensors)
+    scored = {name: held.get(name, {}) for name in (method.shared if shared else method.scored)}
     about = {
         "model": config.model,
         "pretrained": config.pretrained or ("" if config.model == EMBEDDED_MODEL or ":" in config.model else "openai"),
@@ -89,16 +89,11 @@ def read_trained(run: str | Path, client: int | None) -> Trained:
         "method": config.method,
         "client": "global" if shared else str(client),
     }
-    named: dict[str, dict[str, Tensor]] = {branch: {} for branch in scored}
-    for full_name, tensor in tensors.items():
-        branch, _, name = full_name.partition("/")
-        if branch in named:
-            named[branch][name] = tensor
-    lora = [(branches[name], own) for name, own in named.items() if isinstance(branches[name], Branch)]
+    lora = [(branch, own) for name, own in scored.items() if isinstance(branch := branches[name], Branch)]
     if lora:
-        rank, scale, stacked = _stacked(lora)  # type: ignore[arg-type]
+        rank, scale, stacked = _stacked(lora)
         return Trained(config, about, LoRA(config.encoder, rank, scale, stacked, about).check(path), {})
-    return Trained(config, about, None, {name: tensor for own in named.values() for name, tensor in own.items()})
+    return Trained(config, about, None, {name: tensor for own in scored.values() for name, tensor in own.items()})
 
 
 def _stacked(branches: list[tuple[Branch, dict[str, Tensor]]]) -> tuple[int, float, dict[str, Tensor]]:

@@ -6,13 +6,9 @@ from fastdlp.config import TrainConfig
 from fastdlp.errors import FastdlpError
 from fastdlp.methods.base import Method
 from fastdlp.methods.combined import Combined
-from fastdlp.methods.fedclip import FedAA, FedCLIP
 from fastdlp.methods.feddat import FedDAT
 from fastdlp.methods.feddlp import FedDLP
-from fastdlp.methods.fedfft import FedFFT
-from fastdlp.methods.fedlc import FedLC, FedVMLC
-from fastdlp.methods.flora import FLoRA
-from fastdlp.methods.local import Local, LocalSoRA
+from fastdlp.methods.single import FedAA, FedCLIP, FedFFT, FedLC, FedVMLC, FLoRA, Local, LocalSoRA
 
 _ALL: tuple[type[Method], ...] = (
     FedDLP,

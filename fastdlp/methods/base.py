@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 DISTILLATION = ("kd_direction", "kd_temperature", "kd_logits")
+Losses = dict[str, "Tensor"]  # [n] each, by name
 
 
 class Step(Protocol):
@@ -88,5 +89,11 @@ class Method(ABC):
         """The branches of every client."""
 
     @abstractmethod
-    def step(self, step: Step) -> dict[str, Tensor]:
+    def step(self, step: Step) -> Losses:
         """One optimization step of every active client; returns the losses [n] by name."""
+
+    def lora(self, name: str, rank: int = 2, gated: bool = False, copy_of: str | None = None) -> Branch:
+        """A LoRA as the options describe it; `rank` is that of a local one without --rank-local."""
+        config = self.config
+        rank = config.rank_local or rank if name == "local" else config.rank_global
+        return Branch(name, rank, gated, config.lora_alpha, copy_of)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from fastdlp.methods.base import Step
+from fastdlp.methods.base import Losses, Step
 from fastdlp.methods.feddlp import FedDLP
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BOTH = ("local", "global")
 
@@ -20,7 +15,7 @@ class Combined(FedDLP):
     scored = BOTH
     own_options = ()
 
-    def step(self, step: Step) -> dict[str, Tensor]:
+    def step(self, step: Step) -> Losses:
         (out,) = step.forward(BOTH)
         loss = step.task(out)
         step.update(loss, *BOTH)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastdlp.adapters.branches import Branch
-from fastdlp.methods.base import DISTILLATION, Method, Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastdlp.methods.base import DISTILLATION, Losses, Method, Step
 
 TEACHER, SHARED = ("frozen", "local"), ("global",)
 
@@ -29,14 +24,9 @@ class FedDAT(Method):
     own_options = DISTILLATION
 
     def branches(self) -> tuple[Branch, ...]:
-        c = self.config
-        return (
-            Branch("local", c.rank_local or 2, gated=False, lora_alpha=c.lora_alpha),
-            Branch("global", c.rank_global, gated=False, lora_alpha=c.lora_alpha),
-            Branch("frozen", c.rank_global, gated=False, lora_alpha=c.lora_alpha, copy_of="global"),
-        )
+        return self.lora("local"), self.lora("global"), self.lora("frozen", copy_of="global")
 
-    def step(self, step: Step) -> dict[str, Tensor]:
+    def step(self, step: Step) -> Losses:
         local, shared = step.forward(TEACHER, SHARED)
         ce_global, kd_global = step.task(shared), step.distil(shared, local.detach())
         ce_local, kd_local = step.task(local), step.distil(local, shared.detach())

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fastdlp.adapters.branches import Branch
-from fastdlp.methods.base import DISTILLATION, Method, Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastdlp.methods.base import DISTILLATION, Losses, Method, Step
 
 LOCAL, GLOBAL = ("local",), ("global",)
 
@@ -30,13 +27,9 @@ class FedDLP(Method):
     own_options: ClassVar[tuple[str, ...]] = ("alpha", "teacher", *DISTILLATION)
 
     def branches(self) -> tuple[Branch, ...]:
-        c = self.config
-        return (
-            Branch("local", c.rank_local or 4, gated=True, lora_alpha=c.lora_alpha),
-            Branch("global", c.rank_global, gated=False, lora_alpha=c.lora_alpha),
-        )
+        return self.lora("local", rank=4, gated=True), self.lora("global")
 
-    def step(self, step: Step) -> dict[str, Tensor]:
+    def step(self, step: Step) -> Losses:
         if self.config.teacher == "pre-update":
             return self._pre_update(step)
         (local,) = step.forward(LOCAL)
@@ -49,7 +42,7 @@ class FedDLP(Method):
         step.update(ce_global + kd_global, "global")
         return {"ce_local": ce_local, "kd_local": kd_local, "ce_global": ce_global, "kd_global": kd_global}
 
-    def _pre_update(self, step: Step) -> dict[str, Tensor]:
+    def _pre_update(self, step: Step) -> Losses:
         local, shared = step.forward(LOCAL, GLOBAL)
         ce_local, kd_local = step.task(local), step.distil(local, shared.detach())
         ce_global, kd_global = step.task(shared), step.distil(shared, local.detach())

@@ -10,6 +10,7 @@ import numpy as np
 
 import fastdlp
 from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.layout import split
 from fastdlp.adapters.serialization import message_bytes
 from fastdlp.engine.engine import counted
 from fastdlp.engine.round_losses import RoundLosses
@@ -199,12 +200,11 @@ def _gates(federation: Federation) -> tuple[np.ndarray, int, dict[str, float]]:
     for name, branch in bank.lora.items():
         if not branch.gated:
             continue
-        at_zero = (bank.state[name].gates[rows.start : rows.stop] == 0).cpu().numpy()
-        zero += at_zero.sum(1)
+        at_zero = (bank.state[name].gates[rows.start : rows.stop] == 0).cpu()
+        zero += at_zero.sum(1).numpy()
         count += at_zero.shape[1]
-        for part, entry in bank.layouts[name].entries.items():
-            if entry.gate:
-                by_part[part.removesuffix("/gate")] = float(at_zero[:, entry.where].mean())
+        for gate, own in split(at_zero, bank.layouts[name].in_gates).items():
+            by_part[gate.removesuffix("/gate")] = float(own.numpy().mean())
     return zero, count, by_part
 
 
