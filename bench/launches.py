@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdlp.bench import common
 from fastdlp.bench.baselines import PeftRounds
-from fastdlp.bench.fastdlp_rounds import image_rounds
+from fastdlp.bench.fastdlp_rounds import EngineRounds
 from fastdlp.bench.problem import make_problem
 from fastdlp.kernels import attention
 from fastdlp.kernels.launch import recording
@@ -65,7 +65,7 @@ def bench_launches(model: str, with_peft: bool = True) -> dict[str, Any]:
         steps["PEFT, adapters cast, a client"] = PeftRounds(problem, "bf16", cpu, cast=True).step
     for teacher in ("fresh", "pre-update"):
         for backend in ("torch", "triton"):
-            rounds = image_rounds(problem, "bf16", cpu, backend, teacher=teacher)
+            rounds = EngineRounds(problem, "bf16", cpu, backend, teacher=teacher)
             steps[f"fastdlp --teacher {teacher} --backend {backend}"] = rounds.step
     rows = []
     for name, step in steps.items():

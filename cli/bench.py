@@ -32,7 +32,6 @@ def _many(flag: str, text: str, default: str, **limits: Any) -> Any:
 
 Json = Annotated[bool, _option("--json", "Print JSON on stdout and nothing else there.")]
 Output = Annotated[Path | None, _option("--output", "Also write the result as JSON to this file.")]
-Plot = Annotated[Path | None, _option("--plot", "Also draw the result as PNG to this file.")]
 Model = Annotated[str, _option("--model", "An open_clip model; its weights are random here.")]
 Clients = Annotated[int | None, _option("--clients", "Clients that step together.", "10, on a CPU 1", min=1)]
 BatchSize = Annotated[int, _option("--batch-size", "Images a client and step.", min=1)]
@@ -110,16 +109,15 @@ def growth(
     repeats: Annotated[int, _option("--repeats", "Timed rounds of each point.", min=1)] = 3,
     device: Device = "auto",
     backend: Backend = TrainConfig.backend,
-    plot: Plot = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """How the time of a FEDDLP round grows with clients and uneven clients."""
-    from fastdlp.bench.growth import CLIENTS, bench_growth, growth_figure, print_growth
+    from fastdlp.bench.growth import CLIENTS, bench_growth, print_growth
 
     on, gpu = _on(device)
     dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
-    result = _measure(
+    _measure(
         lambda progress: bench_growth(
             model or (VIT if gpu else EMBEDDED_MODEL),
             samples or 1000 * batch_size,
@@ -135,8 +133,6 @@ def growth(
         output,
         as_json,
     )
-    if plot is not None:
-        write_atomic(plot, growth_figure(result))
 
 
 @bench_app.command()
