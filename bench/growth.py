@@ -52,7 +52,7 @@ class Point:
     averaging: list[float] = field(default_factory=list)
 
 
-def settings(samples: int, batch_size: int, clients: Sequence[int] = CLIENTS) -> list[Sizes]:
+def settings(samples: int, batch_size: int, clients: Sequence[int]) -> list[Sizes]:
     """The points in ascending order of clients, the uneven one last.
 
     Args:
@@ -87,9 +87,9 @@ def bench_growth(
     precision: Any,
     repeats: int,
     device: torch.device,
+    clients: Sequence[int],
+    backend: str,
     progress: Progress,
-    clients: Sequence[int] = CLIENTS,
-    backend: str = "auto",
 ) -> dict[str, Any]:
     """Measure all points, alternating between them, so that a disturbance of the machine affects all of them.
 

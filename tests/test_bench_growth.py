@@ -25,9 +25,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _measure(model: str) -> dict[str, Any]:
-    clients = (1, 20)
     return growth.bench_growth(
-        model, SAMPLES, BATCH, "fp32", 2, torch.device("cpu"), lambda text: None, clients, "torch"
+        model, SAMPLES, BATCH, "fp32", 2, torch.device("cpu"), (1, 20), "torch", lambda text: None
     )
 
 
@@ -83,7 +82,7 @@ def test_uneven_clients_share_all_samples_and_end_in_tails(samples: int) -> None
 @pytest.mark.parametrize("samples", [1000, 0])
 def test_samples_that_leave_tails_are_refused(samples: int) -> None:
     with pytest.raises(FastdlpError, match="use a multiple of 32000"):
-        growth.settings(samples, 32)
+        growth.settings(samples, 32, growth.CLIENTS)
 
 
 @pytest.mark.slow
