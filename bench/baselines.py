@@ -234,7 +234,7 @@ class FullRounds:
             self._epoch(client, range(1))
 
     def first_steps(self) -> Losses:
-        """The first step alone."""
+        """The first step alone, before which nothing is updated: the loss of the frozen model."""
         return stacked([self._epoch(client, range(1)) for client in range(self.problem.clients)])
 
     def _epoch(self, client: int, steps: range) -> list[dict[str, Tensor]]:
@@ -245,30 +245,13 @@ class FullRounds:
         for pixels, labels in zip(self.pixels[client, steps.start : steps.stop], self.labels[client, steps.start :]):
             with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
                 image, text = self.net.encode_image(pixels), self.net.encode_text(self.ids)
-            loss = _cross_entropy(image, text, labels, self.problem.clip.logit_scale)
+            image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            loss = F.cross_entropy(self.problem.clip.logit_scale * image @ text.T, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append({"ce_global": loss.detach()})
         return losses
-
-
-@torch.no_grad()
-def frozen_cross_entropy(problem: Problem, device: torch.device) -> Losses:
-    """The first batch of each client through open_clip's own frozen model in fp32, [1, clients]."""
-    net: Any = copy.deepcopy(problem.clip.net).to(device)
-    text, scale = net.encode_text(problem.ids.to(device)), problem.clip.logit_scale
-    losses = []
-    for pixels, labels in zip(problem.pixels[:, 0], problem.labels[:, 0]):
-        image = net.encode_image(pixels.to(device))
-        losses.append([{"ce_global": _cross_entropy(image, text, labels.to(device), scale)}])
-    return stacked(losses)
-
-
-def _cross_entropy(image: Tensor, text: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Of features [batch, d] with [K, d], neither normalized, in fp32."""
-    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    return F.cross_entropy(scale * image @ text.T, labels)
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ BASELINES = ("PEFT", "PEFT fp32", "strongest", "paper fp32", "full", "full fp32"
 # missing update makes 7e-4 to 6e-3 and 3e-2 to 4e-2 in fp32; in bf16 2e-3 to 2e-2 and 1e-1 to 2e-1, too close to
 # rounding, so that after the first step only gross errors are found there.
 TOLERANCE = {"fp32": {"ce": 3e-4, "kd": 3e-3}, "bf16": {"ce": 3e-2, "kd": 3e-1}}
-COMPARED = ("ce_local", "kd_local", "ce_global")
 PEAK_MS = 200.0  # of measuring the peak of a dtype
 
 
@@ -62,8 +61,6 @@ class Setting:
 
 
 Make = Callable[[Problem, str, torch.device], Rounds]
-# The name of a variant, and its losses in fp32 at the problem's learning rate.
-Reference = tuple[str, Callable[[Problem, torch.device], Losses]]
 
 
 @dataclass
@@ -71,15 +68,16 @@ class Variant:
     """One implementation of the round in one dtype, and what was measured of it so far.
 
     flop: of the frozen products that a step of all clients needs, the same for all variants of an algorithm.
+    reference: name and implementation whose losses in fp32 its own have to equal.
     """
 
     key: str
     name: str
     group: str
     precision: str
-    reference: Reference  # whose losses its own have to equal
-    flop: int
     make: Make
+    flop: int
+    reference: tuple[str, Make]
     rounds: Rounds | None = None  # once `check` passed
     errors: dict[str, list[float]] = field(default_factory=dict)  # see `compare`; none of the reference itself
     seconds: list[float] = field(default_factory=list)
@@ -103,12 +101,12 @@ class Variant:
         """
         problem = replace(problem, lr=LR[self.precision])
         rounds = self.make(problem, self.precision, device)
-        losses, (name, of_reference) = rounds.first_steps(), self.reference
+        losses, (name, make) = rounds.first_steps(), self.reference
         if self.is_reference:
             expected[name, self.precision] = losses
         else:
             if (name, self.precision) not in expected:
-                expected[name, self.precision] = of_reference(problem, device)
+                expected[name, self.precision] = make(problem, "fp32", device).first_steps()
             self.errors = compare(str(self), self.precision, losses, name, expected[name, self.precision])
         self.rounds = rounds
 
@@ -131,54 +129,47 @@ def variants(problem: Problem, setting: Setting, precision: str) -> list[Variant
     text = partial(frozen_flops, clip.text, problem.clients * CLASSES, longest_prompt(problem))
     found: list[Variant] = []
 
-    def add(key: str, name: str, make: Make, flop: int, right: Reference, group: str = "FEDDLP") -> None:
-        found.append(Variant(key, name, group, precision, right, flop, make))
+    def add(key: str, name: str, make: Make, flop: int, right: tuple[str, Make], group: str = "FEDDLP") -> None:
+        found.append(Variant(key, name, group, precision, make, flop, right))
 
     suffix = {name: f" --backend {name}" if name != "torch" else "" for name in setting.backends}
+    right: tuple[str, Make]
     if setting.encoder == "text":
         uncached = partial(EngineRounds, encoder="text", cached=False)
-        right = reference(f"all {problem.ids.shape[1]} tokens, images recomputed", uncached)
-        add("uncached", right[0], uncached, text(3, 2), right, "FEDDLP, text")
+        right = f"all {problem.ids.shape[1]} tokens, images recomputed", uncached
+        add("uncached", *right, text(3, 2), right, "FEDDLP, text")
         for backend, end in suffix.items():
             ours = partial(EngineRounds, encoder="text", backend=backend)
             add("fastdlp", "fastdlp" + end, ours, text(3, 2), right, "FEDDLP, text")
         return found
-    right = reference("fastdlp", EngineRounds)
-    of_pre_update: Reference = "fastdlp before its first update", before_update
     if setting.with_peft:
-        right = reference("PEFT", baselines.PeftRounds)
-        of_pre_update = reference("PEFT, both losses from one pair of forwards", baselines.PeftPreUpdateRounds)
-        add("peft", "PEFT", baselines.PeftRounds, image(3, 2), right)
+        right = "PEFT", baselines.PeftRounds
+        right_pre_update: tuple[str, Make] = (
+            "PEFT, both losses from one pair of forwards",
+            baselines.PeftPreUpdateRounds,
+        )
+        add("peft", *right, image(3, 2), right)
         if precision != "fp32":
             add("autocast", "PEFT, autocast", partial(baselines.PeftRounds, autocast=True), image(3, 2), right)
         add("strongest", "PEFT, strongest", baselines.StrongestRounds, image(3, 2), right)
         add("paper", "paper's way, 8 forwards", baselines.PaperRounds, image(3, 2), right)
+    else:
+        right = "fastdlp", EngineRounds
+        right_pre_update = "fastdlp pre-update", partial(EngineRounds, teacher="pre-update")
     for backend, end in suffix.items():
         for graph in (False, True) if setting.device.type == "cuda" else (False,):
             ours, options = partial(EngineRounds, backend=backend, graph=graph), " --cuda-graph" * graph + end
             add("fastdlp", "fastdlp" + options, ours, image(3, 2), right)
             pre_update = partial(ours, teacher="pre-update")
-            add("pre-update", "fastdlp pre-update" + options, pre_update, image(2, 2), of_pre_update)
-    frozen: Reference = "open_clip's frozen model", baselines.frozen_cross_entropy
+            add("pre-update", "fastdlp pre-update" + options, pre_update, image(2, 2), right_pre_update)
+    right = "full fine-tuning", baselines.FullRounds
     embedding = 2 * clip.image_stem.patches.numel() * (len(clip.image_stem.positions) - 1)
-    flop = 3 * image(1, 0) + 2 * embedding * rows + 3 * text(1, 0)
-    add("full", "full fine-tuning", baselines.FullRounds, flop, frozen, "FLoRA")
+    add("full", *right, 3 * image(1, 0) + 2 * embedding * rows + 3 * text(1, 0), right, "FLoRA")
     for backend, end in suffix.items():
         for encoder, flop in (("image", image(1, 1)), ("text", text(1, 1))):
             ours = partial(EngineRounds, backend=backend, encoder=encoder, method="flora")
-            add("flora", f"fastdlp flora, {encoder}{end}", ours, flop, frozen, "FLoRA")
+            add("flora", f"fastdlp flora, {encoder}{end}", ours, flop, right, "FLoRA")
     return found
-
-
-def reference(name: str, make: Make) -> Reference:
-    """A variant that others are compared with."""
-    return name, lambda problem, device: make(problem, "fp32", device).first_steps()
-
-
-def before_update(problem: Problem, device: torch.device) -> Losses:
-    """The first step's losses before anything is updated, which are the same for both teachers."""
-    losses = EngineRounds(problem, "fp32", device).first_steps()
-    return {name: losses[name][:1] for name in COMPARED}
 
 
 def frozen_flops(tower: Tower, rows: int, tokens: int, forwards: int, backwards: int) -> int:
@@ -205,16 +196,15 @@ def compare(name: str, precision: str, losses: Losses, other: str, right: Losses
     Raises:
         FastdlpError: a loss is wrong; the message names the first.
     """
-    shared = {loss: value for loss, value in right.items() if loss in COMPARED}
-    errors = {loss: np.abs(losses[loss][: len(value)] - value) / np.abs(value).max() for loss, value in shared.items()}
-    for step in range(len(next(iter(shared.values())))):
+    errors = {loss: np.abs(losses[loss][: len(value)] - value) / np.abs(value).max() for loss, value in right.items()}
+    for step in range(len(next(iter(right.values())))):
         for loss, error in errors.items():
             allowed = TOLERANCE[precision][loss[:2]]
             client = int(np.nan_to_num(error[step], nan=np.inf).argmax())
             if not error[step, client] <= allowed:
                 raise FastdlpError(
                     f"{name} does not compute the losses of {other}: {loss} of client {client} in step {step + 1} is "
-                    f"{losses[loss][step, client]:.6g}, expected {shared[loss][step, client]:.6g} (allowed "
+                    f"{losses[loss][step, client]:.6g}, expected {right[loss][step, client]:.6g} (allowed "
                     f"±{allowed:.0e} of its largest); it was not timed"
                 )
     return {loss: error.max(axis=1).tolist() for loss, error in errors.items()}
