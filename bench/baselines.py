@@ -229,10 +229,6 @@ class FullRounds:
             torch._foreach_add_(mean, [p.detach() for p in self.parameters], alpha=1 / self.problem.clients)
         self.server = mean
 
-    def step(self) -> None:
-        for client in range(self.problem.clients):
-            self._epoch(client, range(1))
-
     def first_steps(self) -> Losses:
         """The first step alone, before which nothing is updated: the loss of the frozen model."""
         return stacked([self._epoch(client, range(1)) for client in range(self.problem.clients)])

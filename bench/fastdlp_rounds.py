@@ -90,6 +90,7 @@ class EngineRounds:
         self.engine.aggregate()
 
     def step(self) -> None:
+        """One batch of every client, where a round has no more."""
         self.engine.train_round(1)
 
     def slots(self, steps: range) -> tuple[Slot, ...]:

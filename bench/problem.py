@@ -28,7 +28,7 @@ CLASSES = len(PETS)
 # later; 1e-5 is too small for bf16.
 LR = {"fp32": 1e-5, "bf16": 1e-4}
 CHECKED = 3  # steps of every client whose losses are compared
-SEED = 6  # of the images; with some others a missing average changes the next losses less than `round.TOLERANCE`
+SEED = 6  # of the images; with some others a small model's losses change less by a missing average than is allowed
 
 Losses = dict[str, np.ndarray]  # by name: [steps, clients] fp64
 
@@ -97,6 +97,3 @@ class Rounds(Protocol):
 
     def round(self) -> object:
         """One epoch of every client and the average; a GPU may still be computing when it returns."""
-
-    def step(self) -> object:
-        """One batch of every client."""

@@ -3,10 +3,10 @@
 C clients with S batches each, every client and batch with images of its own; one epoch, then FedAvg of the shared
 adapter.
 
-No variant is timed before the losses of every client's first steps agreed with an independent variant's in fp32 on the
-same weights, adapters and images, updates and the average included. The first timed round of a variant follows its
-check, so that a killed run has results of all variants so far. The other rounds alternate between the variants, so that
-a disturbance of the machine affects all of them.
+No variant is timed before the losses of every client's first steps agreed with those of its reference, another variant,
+in fp32 on the same weights, adapters and images, updates and the average included. The first timed round of a variant
+follows its check, so that a killed run has results of all variants so far. The other rounds alternate between the
+variants, so that a disturbance of the machine affects all of them.
 """
 
 from __future__ import annotations
