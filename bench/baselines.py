@@ -17,14 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdlp.bench.fastdlp_rounds import configured_method, initial_bank
-from fastdlp.bench.problem import ALPHA, CHECKED, Losses, Problem
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.adapters.branches import tower_sites
+from fastdlp.bench.fastdlp_rounds import start
+from fastdlp.bench.problem import CHECKED, Losses, Problem
 from fastdlp.clip.load import Clip
 from fastdlp.clip.tower import Tower
+from fastdlp.config import TrainConfig
 from fastdlp.engine.device import DTYPES
-from fastdlp.export.peft_format import LINEARS
+from fastdlp.engine.tasks import Prompts, frozen_text_features
+from fastdlp.export.peft_format import LINEARS, tensor_name
+from fastdlp.methods import make_method
 
-HF_NAMES = LINEARS | {"proj": "visual_projection"}
 WARM_UP = 3  # steps on a side stream before a capture, as PyTorch's documentation recommends
 
 
@@ -46,41 +50,39 @@ class PeftRounds:
         device: torch.device,
         cast: bool = False,
         autocast: bool = False,
-        adamw: Mapping[str, Any] | None = None,
+        adamw: Mapping[str, Any] = {"foreach": True},
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
         self.problem, self.device, self.dtype, self.autocast = problem, device, DTYPES[precision], autocast
-        dtype = torch.float32 if autocast else self.dtype
-        self.scale, self.text = problem.clip.logit_scale, problem.text.to(device)
+        dtype, clip = torch.float32 if autocast else self.dtype, problem.clip
         self.pixels, self.labels = problem.pixels.to(device, dtype), problem.labels.to(device)
-        targets = [name.rpartition(".")[2] for name in HF_NAMES.values()]
-        bank = initial_bank(problem, configured_method())
-
-        def config(adapter: str) -> Any:
-            return LoraConfig(r=bank.lora[adapter].rank, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
-
-        tower: Any = hugging_face_towers(problem.clip)[0].to(device, dtype)
-        self.model: Any = get_peft_model(tower, config("local"), adapter_name="local", autocast_adapter_dtype=not cast)
-        self.model.add_adapter("global", config("global"), autocast_adapter_dtype=not cast)
-        adapters = {adapter: self._parameters(adapter, bank.named(adapter, 0)) for adapter in bank.lora}
-        self.optimizers = {
-            adapter: torch.optim.AdamW(
-                list(parameters.values()), lr=problem.lr, weight_decay=0.0, **(adamw or {"foreach": True})
-            )
-            for adapter, parameters in adapters.items()
+        text = frozen_text_features(clip.text, Prompts(*clip.text_stem(problem.ids)))
+        self.scale, self.text = clip.logit_scale, F.normalize(text, dim=-1).to(device)
+        method = make_method(TrainConfig().resolved())
+        bank = start(AdapterBank(tower_sites(clip.image.shape), method.branches(), problem.clients), method.shared)
+        configs = {
+            name: LoraConfig(r=branch.rank, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+            for name, branch in bank.lora.items()
         }
-        averaged = [parameter.detach() for parameter in adapters["global"].values()]
-        private = [parameter.detach() for parameter in adapters["local"].values()]
-        moments = [tensor for optimizer in self.optimizers.values() for tensor in _moments(optimizer)]
-        self._live, self._averaged = averaged + private + moments, len(averaged)
-        self._held: list[list[Tensor]] = []  # of each client
-        for client in range(problem.clients):
-            for adapter, parameters in adapters.items():
-                start = bank.named(adapter, client)
-                for name, parameter in parameters.items():
-                    parameter.data.copy_(start[name])
-            self._held.append([tensor.clone() for tensor in self._live])
+        tower: Any = hugging_face_towers(clip)[0].to(device, dtype)
+        self.model: Any = get_peft_model(tower, configs["local"], "local", autocast_adapter_dtype=not cast)
+        self.model.add_adapter("global", configs["global"], autocast_adapter_dtype=not cast)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        # Adapters and moments, those that are averaged first: of the client in the model, and of each client.
+        self._live: list[Tensor] = []
+        self._held: list[list[Tensor]] = [[] for _ in range(problem.clients)]
+        self._averaged = 0  # how many
+        for adapter in ("global", "local"):
+            starts = [bank.named(adapter, weights=row) for row in bank.state[adapter].weights]
+            parameters = [self._parameter(adapter, name) for name in starts[0]]
+            self.optimizers[adapter] = torch.optim.AdamW(parameters, lr=problem.lr, weight_decay=0.0, **adamw)
+            moments = _moments(self.optimizers[adapter])
+            self._live += [*(parameter.detach() for parameter in parameters), *moments]
+            self._averaged = self._averaged or len(parameters)
+            for held, own in zip(self._held, starts):
+                held += [value.to(parameter) for value, parameter in zip(own.values(), parameters)]
+                held += [torch.zeros_like(moment) for moment in moments]
 
     def round(self) -> None:
         self._epoch(range(self.problem.steps))
@@ -119,7 +121,7 @@ class PeftRounds:
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One step on pixels [batch, 3, S, S] and labels [batch], as the paper describes it."""
         losses: dict[str, Tensor] = {}
-        for adapter, other, weight in (("local", "global", ALPHA), ("global", "local", None)):
+        for adapter, other, weight in (("local", "global", TrainConfig.alpha), ("global", "local", None)):
             student = self._logits(adapter, pixels)
             with torch.no_grad():
                 teacher = self._logits(other, pixels)
@@ -148,18 +150,9 @@ class PeftRounds:
         self.optimizers[adapter].step()
         return {f"ce_{adapter}": ce.detach(), f"kd_{adapter}": kd.detach()}
 
-    def _parameters(self, adapter: str, named: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        """PEFT's parameters of an adapter by the bank's names, without gates."""
-        state = dict(self.model.named_parameters())
-        parameters = {}
-        for name in named:
-            part, kind = name.split("/")
-            if kind == "gate":
-                continue
-            block, _, linear = part.rpartition(".")
-            module = f"layers.{block}.{HF_NAMES[linear]}" if block else HF_NAMES[linear]
-            (parameters[name],) = [p for n, p in state.items() if n.endswith(f"{module}.lora_{kind}.{adapter}.weight")]
-        return parameters
+    def _parameter(self, adapter: str, name: str) -> nn.Parameter:
+        """PEFT's parameter of an adapter by the bank's name."""
+        return self.model.get_parameter(tensor_name("image", name).removesuffix("weight") + f"{adapter}.weight")
 
 
 class PeftPreUpdateRounds(PeftRounds):
@@ -167,7 +160,7 @@ class PeftPreUpdateRounds(PeftRounds):
 
     def _step(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
         local, shared = self._logits("local", pixels), self._logits("global", pixels)
-        losses = self._update("local", local, shared.detach(), labels, ALPHA)
+        losses = self._update("local", local, shared.detach(), labels, TrainConfig.alpha)
         return losses | self._update("global", shared, local.detach(), labels, None)
 
 
@@ -236,12 +229,8 @@ class FullRounds:
             torch._foreach_add_(mean, [p.detach() for p in self.parameters], alpha=1 / self.problem.clients)
         self.server = mean
 
-    def step(self) -> None:
-        for client in range(self.problem.clients):
-            self._epoch(client, range(1))
-
     def first_steps(self) -> Losses:
-        """The first step alone."""
+        """The first step alone, before which nothing is updated: the loss of the frozen model."""
         return stacked([self._epoch(client, range(1)) for client in range(self.problem.clients)])
 
     def _epoch(self, client: int, steps: range) -> list[dict[str, Tensor]]:
@@ -252,30 +241,13 @@ class FullRounds:
         for pixels, labels in zip(self.pixels[client, steps.start : steps.stop], self.labels[client, steps.start :]):
             with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
                 image, text = self.net.encode_image(pixels), self.net.encode_text(self.ids)
-            loss = _cross_entropy(image, text, labels, self.problem.clip.logit_scale)
+            image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            loss = F.cross_entropy(self.problem.clip.logit_scale * image @ text.T, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append({"ce_global": loss.detach()})
         return losses
-
-
-@torch.no_grad()
-def frozen_cross_entropy(problem: Problem, device: torch.device) -> Losses:
-    """The first batch of each client through open_clip's own frozen model in fp32, [1, clients]."""
-    net: Any = copy.deepcopy(problem.clip.net).to(device)
-    text, scale = net.encode_text(problem.ids.to(device)), problem.clip.logit_scale
-    losses = []
-    for pixels, labels in zip(problem.pixels[:, 0], problem.labels[:, 0]):
-        image = net.encode_image(pixels.to(device))
-        losses.append([{"ce_global": _cross_entropy(image, text, labels.to(device), scale)}])
-    return stacked(losses)
-
-
-def _cross_entropy(image: Tensor, text: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Of features [batch, d] with [K, d], neither normalized, in fp32."""
-    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    return F.cross_entropy(scale * image @ text.T, labels)
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -311,9 +283,8 @@ def hugging_face_towers(clip: Clip) -> tuple[nn.Module, nn.Module]:
     model = hugging_face_clip(clip)
     vision = CLIPVisionModelWithProjection(model.config.vision_config)
     text = CLIPTextModelWithProjection(model.config.text_config)
-    for tower in (vision, text):
-        own = tower.state_dict()
-        tower.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    vision.vision_model, vision.visual_projection = model.vision_model, model.visual_projection
+    text.text_model, text.text_projection = model.text_model, model.text_projection
     return vision.eval(), text.eval()
 
 
@@ -357,7 +328,7 @@ def hugging_face_clip(clip: Clip) -> Any:
         state |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
     embed = clip.image.shape.embed
     model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=embed)).eval()
-    model.load_state_dict(state | {k: v for k, v in model.state_dict().items() if k.endswith("position_ids")})
+    model.load_state_dict(state)
     return model
 
 

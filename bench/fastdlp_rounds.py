@@ -1,9 +1,10 @@
-"""fastdlp's own variants of a federated round: an engine over the benchmark's clients."""
+"""fastdlp's own variants of a federated round: a run's task and engine over the benchmark's clients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,50 +12,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdlp.adapters.bank import AdapterBank, Adapters
-from fastdlp.adapters.branches import Site, tower_sites
-from fastdlp.adapters.optimizer import Hyperparameters
-from fastdlp.bench.problem import ALPHA, CHECKED, Losses, Problem
+from fastdlp.adapters.bank import AdapterBank
+from fastdlp.bench.problem import CHECKED, Losses, Problem
+from fastdlp.clip.stem import ImageStem
 from fastdlp.clip.tower import Tower
 from fastdlp.config import TrainConfig
-from fastdlp.engine.cuda_graph import cuda_graphs
+from fastdlp.data.partition import Partition
 from fastdlp.engine.device import DTYPES
-from fastdlp.engine.engine import Engine, Schedule, Slot
-from fastdlp.engine.images import TokenSource
-from fastdlp.engine.tasks import ClassificationTask, ImageTask, Prompts, Samples, TextTask, frozen_image_features
+from fastdlp.engine.distributed import SINGLE_PROCESS
+from fastdlp.engine.engine import Engine, Slot
 from fastdlp.methods import make_method
-from fastdlp.methods.base import Method
-from fastdlp.methods.losses import Objective, Outputs
-from fastdlp.run.build_task import moved_stem
+from fastdlp.run.build_engine import Execution, build_engine, init_seeds
+from fastdlp.run.build_task import Built, build_task, moved_stem
 
-XI = 5e-5  # the gates' threshold
+moved = cache(Tower.to)  # one copy for all variants of a benchmark, and on a CPU one layout of its weights
 
 
 class EngineRounds:
-    """The problem's clients in one engine.
+    """The problem's clients in one engine, all of them in one step.
 
     Timed rounds train the gates and threshold them. PEFT has no gates, so `first_steps` leaves them at one.
 
     Args:
+        encoder: the adapted tower, "image" or "text".
         graph: record and replay the steps as CUDA graphs.
+        cached: without it nothing is saved for the text encoder: all tokens of every prompt, the last block for all of
+            them, and the frozen image tower on the batch in each forward of a step.
     """
 
     def __init__(
-        self, problem: Problem, task: ClassificationTask, method: Method, bank: AdapterBank, graph: bool = False
+        self,
+        problem: Problem,
+        precision: Any,
+        device: torch.device,
+        backend: str = "torch",
+        encoder: Any = "image",
+        method: str = "feddlp",
+        teacher: Any = "fresh",
+        graph: bool = False,
+        cached: bool = True,
     ) -> None:
-        self.problem, self.task, self.method, self.graph = problem, task, method, graph
-        self.engine = self._engine(bank, range(problem.steps), train_gates=True)
+        self.problem, dtype, clip = problem, DTYPES[precision], problem.clip
+        config = TrainConfig(
+            method, encoder, precision=precision, backend=backend, teacher=teacher, lr=problem.lr,
+            batch_size=problem.batch, cuda_graph=graph,
+        ).resolved()  # fmt: skip
+        if not cached:
+            image, text = (replace(tower, pooled_only=False) for tower in (clip.image, clip.text))
+            clip = replace(clip, image=image, text=text, text_stem=replace(clip.text_stem, cut=False))
+        clip = replace(clip, image=moved(clip.image, device, dtype), text=moved(clip.text, device, dtype))
+        built = build_task(config, make_method(config), clip, problem.data, clip.transform, device)
+        if not cached:
+            task: Any = built.task
+            task.images = RecomputedImages(clip.image, moved_stem(clip.image_stem, device), problem.pixels.to(device))
+        config = replace(config, micro_batch=built.task.rows(problem.batch) * problem.clients)
+        samples = [problem.samples(client, range(problem.steps)) for client in range(problem.clients)]
+        self.engine = make_engine(config, built, problem.data.labels, samples, device)
+        start(self.engine.bank, self.engine.method.shared)
 
     def first_steps(self) -> Losses:
         # An engine returns the mean loss of a round, so each step is a round of one batch here.
-        bank = initial_bank(self.problem, self.method, self.engine.bank.device, self.engine.bank.backend)
-        engine = self._engine(bank, range(CHECKED), train_gates=False)
+        settings = self.engine.hyper.gate_lr, self.engine.hyper.xi  # changed in place, since a graph reads them there
+        values = [tensor.clone() for tensor in settings]
+        torch._foreach_zero_(settings)
         means = []
         for step in range(CHECKED):
-            engine.slots = self.slots(range(step, step + 1))
-            means.append(engine.train_round(1).means)
+            self.engine.slots = self.slots(range(step, step + 1))
+            means.append(self.engine.train_round(1).means)
             if step == CHECKED - 2:
-                engine.aggregate()
+                self.engine.aggregate()
+        self.engine.slots = self.slots(range(self.problem.steps))
+        torch._foreach_copy_(settings, values)
         return {name: np.stack([mean[name] for mean in means]) for name in means[0]}
 
     def round(self) -> None:
@@ -62,178 +90,62 @@ class EngineRounds:
         self.engine.aggregate()
 
     def step(self) -> None:
+        """One batch of every client, where a round has no more."""
         self.engine.train_round(1)
 
     def slots(self, steps: range) -> tuple[Slot, ...]:
         """Clients that hold these batches."""
         return tuple(
-            Slot(np.array(self.problem.samples(client, steps)), np.arange(0), 0, client, 0)
-            for client in range(self.problem.clients)
-        )
-
-    def _engine(self, bank: AdapterBank, steps: range, train_gates: bool) -> Engine:
-        """An engine whose round is these batches of every client."""
-        problem = self.problem
-        schedule = Schedule(problem.batch, 1, self.task.rows(problem.batch) * problem.clients, padded=self.graph)
-        runner = cuda_graphs(bank.device, bank.tensors) if self.graph else None
-        labels = problem.labels.flatten().numpy()
-        return make_engine(
-            self.method, bank, self.task, self.slots(steps), labels, schedule, problem.lr, train_gates, runner
+            replace(slot, train=self.problem.samples(client, steps)) for client, slot in enumerate(self.engine.slots)
         )
 
 
 def make_engine(
-    method: Method,
-    bank: AdapterBank,
-    task: ClassificationTask,
-    slots: Sequence[Slot],
-    labels: np.ndarray,
-    schedule: Schedule,
-    lr: float,
-    train_gates: bool = True,
-    runner: Any = None,
+    config: TrainConfig, built: Built, labels: np.ndarray, train: Sequence[np.ndarray], device: torch.device
 ) -> Engine:
-    """An engine whose clients all have the same hyperparameters."""
+    """A run's engine of clients with these training samples.
 
-    def everywhere(value: float) -> Tensor:
-        return torch.full((len(slots),), value, device=bank.device)
+    Args:
+        config: resolved, with the backend to use.
+        built: the task, see `build_task`.
+        labels: [samples] int64 class numbers.
+        train: each client's sample numbers.
+    """
+    config = replace(config, clients=len(train))
+    partition = Partition([*train], [np.arange(0)] * len(train), "iid", None, None, 0, 0.0)
+    execution = Execution(device, SINGLE_PROCESS, config.backend, measure=False, graphs=bool(config.cuda_graph))
+    engine, _ = build_engine([config], make_method(config), built, partition, labels, execution, print, print)
+    return engine
 
-    gate_lr, xi = (lr, XI) if train_gates else (0.0, 0.0)
-    hyper = Hyperparameters(everywhere(lr), everywhere(gate_lr), everywhere(xi), everywhere(ALPHA))
-    return Engine(method, bank, task, Objective(), hyper, slots, labels, schedule, runner=runner)
 
-
-def make_bank(
-    sites: Sequence[Site], method: Method, seeds: dict[str, list[list[int]]], device: torch.device | str, backend: str
-) -> AdapterBank:
-    """Adapters with gates at one; `seeds` has an entry per branch and client.
+def start(bank: AdapterBank, shared: Sequence[str]) -> AdapterBank:
+    """The adapters that every variant starts from: each client's own private one, and one shared one, gates at one.
 
     With two adapters B is not zero, so that every term of the first step's loss matters. With one adapter B = 0, so
     that the first loss is the frozen model's.
     """
-    bank = AdapterBank(sites, method.branches(), len(seeds["global"]), device, backend)
-    bank.initialize("gaussian", {name: seeds[name] for name in bank.state})
+    bank.initialize("gaussian", {name: init_seeds(0, name in shared, bank.slots) for name in bank.state})
     generator = torch.Generator().manual_seed(1)
     for state in bank.state.values():
         if len(bank.state) > 1:
-            state.weights += 0.01 * torch.randn(state.weights.shape[1], generator=generator).to(device)
+            state.weights += 0.01 * torch.randn(state.weights.shape[1], generator=generator).to(bank.device)
         state.gates.fill_(1.0)
     return bank
 
 
-def initial_bank(
-    problem: Problem, method: Method, device: torch.device | str = "cpu", backend: str = "torch"
-) -> AdapterBank:
-    """The adapters that every variant starts from: each client's own local one, and one global one for all."""
-    seeds = {"local": [[0, 2, client] for client in range(problem.clients)], "global": [[0, 3]] * problem.clients}
-    sites = tower_sites(problem.clip.tower(method.config.encoder).shape)
-    return make_bank(sites, method, seeds, device, backend)
-
-
-def configured_method(name: str = "feddlp", teacher: str = "fresh", encoder: str = "image") -> Method:
-    return make_method(TrainConfig(method=name, teacher=teacher, encoder=encoder).resolved())  # type: ignore[arg-type]
-
-
-def image_rounds(
-    problem: Problem,
-    precision: str,
-    device: torch.device,
-    backend: str = "torch",
-    method: str = "feddlp",
-    teacher: str = "fresh",
-    graph: bool = False,
-) -> EngineRounds:
-    """Adapters in the image tower; class features are computed once."""
-    clip, text = problem.clip, problem.text.to(device)
-    tower = replace(_moved(clip.image, device, DTYPES[precision]), backend=backend)
-    stem = moved_stem(clip.image_stem, device)
-    tokens = TokenSource(stem, Pixels(problem.pixels), device, DTYPES[precision], 1 << 40)
-    task, configured = ImageTask(tower, tokens, (text, text), clip.logit_scale), configured_method(method, teacher)
-    return EngineRounds(problem, task, configured, initial_bank(problem, configured, device, backend), graph)
-
-
-def text_rounds(
-    problem: Problem,
-    precision: str,
-    device: torch.device,
-    backend: str = "torch",
-    method: str = "feddlp",
-    cached: bool = True,
-) -> EngineRounds:
-    """Adapters in the text tower; image features are computed once and prompts are cut to the longest.
+class RecomputedImages:
+    """In place of `TextTask.images`: features by sample numbers, which run the frozen tower again in every forward.
 
     Args:
-        cached: without it nothing is saved: all tokens of every prompt, the last block for all of them, and the frozen
-            image tower on the batch in each forward of a step.
-    """
-    clip, dtype = problem.clip, DTYPES[precision]
-    image, image_stem = _moved(clip.image, device, dtype), moved_stem(clip.image_stem, device)
-    tower, stem = replace(_moved(clip.text, device, dtype), backend=backend), moved_stem(clip.text_stem, device)
-    if not cached:
-        stem, tower = replace(stem, cut=False), replace(tower, pooled_only=False)
-    tokens, index = stem(problem.ids.to(device))
-    prompts = Prompts(tokens.to(dtype), index)
-    if cached:
-        images = F.normalize(frozen_image_features(image, image_stem, Pixels(problem.pixels)), dim=-1)
-    else:  # not read
-        images = torch.ones(problem.labels.numel(), problem.text.shape[1], device=device)
-    task: Any = TextTask(tower, (prompts, prompts), images, clip.logit_scale)
-    if not cached:
-        task = UncachedTask(
-            task, replace(image, pooled_only=False), image_stem, problem.pixels.flatten(0, 2).to(device)
-        )
-    configured = configured_method(method, encoder="text")
-    return EngineRounds(problem, task, configured, initial_bank(problem, configured, device, backend))
-
-
-class UncachedTask:
-    """A text task whose images go through the frozen image tower in every forward.
-
-    Args:
-        task: over image features that are not read.
         tower, stem: of images.
-        pixels: [samples, 3, S, S] normalized.
+        pixels: [clients, batches, batch, 3, S, S] normalized.
     """
 
-    def __init__(
-        self, task: ClassificationTask, tower: Tower, stem: Callable[[Tensor], Tensor], pixels: Tensor
-    ) -> None:
-        self.task, self.tower, self.stem, self.pixels = task, tower, stem, pixels
-        self.rows, self.scoring_batch, self.stage = task.rows, task.scoring_batch, None
-
-    def forward(self, samples: Samples, views: int, adapters: Adapters | None, scoring: bool = False) -> list[Outputs]:
-        outputs = self.task.forward(samples, views, adapters, scoring)
-        return [replace(out, image=self._images(samples)) for out in outputs]
+    def __init__(self, tower: Tower, stem: ImageStem, pixels: Tensor) -> None:
+        self.tower, self.stem, self.pixels = tower, stem, pixels.flatten(0, 2)
 
     @torch.no_grad()
-    def _images(self, samples: Samples) -> Tensor:
-        """[n, S, d]; the batches of all clients are full."""
-        tokens = self.stem(self.pixels[samples.ids.flatten()]).to(self.tower.proj.weight.dtype)
-        return F.normalize(self.tower.features(tokens), dim=-1).view(*samples.ids.shape, -1)
-
-
-class Pixels:
-    """The problem's images by sample number."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        self.pixels = pixels.flatten(0, 2)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __call__(self, samples: np.ndarray) -> Tensor:
-        return self.pixels[torch.from_numpy(samples)]
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-
-_towers: dict[tuple[int, torch.device, torch.dtype], tuple[Tower, Tower]] = {}
-
-
-def _moved(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
-    """One copy for all variants of a benchmark, and on a CPU one layout of its weights."""
-    key = id(tower), device, dtype
-    if key not in _towers:
-        _towers[key] = tower, tower.to(device, dtype)  # keeping the tower keeps its id unique
-    return _towers[key][1]
+    def __getitem__(self, samples: Tensor) -> Tensor:
+        """[n, S] → [n, S, d] normalized."""
+        tokens = self.stem(self.pixels[samples.flatten()]).to(self.tower.proj.weight.dtype)
+        return F.normalize(self.tower.features(tokens), dim=-1).view(*samples.shape, -1)

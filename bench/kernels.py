@@ -137,13 +137,13 @@ def variants(o: Operands) -> dict[str, Run]:
 
         return run
 
-    triton = {} if triton_refusal(o.x.device, o.x.dtype) else {"triton": ours("triton")}
-    return {
-        "frozen": frozen,
-        **({"PEFT": peft(o)} if common.installed("peft") else {}),
-        "torch": ours("torch"),
-        **triton,
-    }
+    found: dict[str, Run] = {"frozen": frozen}
+    if common.installed("peft"):
+        found["PEFT"] = peft(o)
+    found["torch"] = ours("torch")
+    if triton_refusal(o.x.device, o.x.dtype) is None:
+        found["triton"] = ours("triton")
+    return found
 
 
 def peft(o: Operands) -> Run:
@@ -155,40 +155,41 @@ def peft(o: Operands) -> Run:
     from peft.tuners.lora import Linear
 
     parts, out = o.B.shape[1:3]
-    xs, layers, upstream, sites = [], [], [], []
+    xs, layers, upstream, places_a, places_b = [], [], [], [], []
     for slot, view, first, end in o.groups.groups():
         xs.append(o.x[first:end].detach().requires_grad_())
+        columns, rank = COLUMNS[view], BRANCHES[view].rank
+        alpha = round(BRANCHES[view].scale * rank)
         for part, dy in enumerate(o.dy[first:end].split(out, 1)):
-            rows, columns, rank = slice(part * out, (part + 1) * out), COLUMNS[view], BRANCHES[view].rank
+            rows = slice(part * out, (part + 1) * out)
             base = nn.Linear(o.x.shape[1], out, o.bias is not None, device=o.x.device, dtype=o.x.dtype)
             base.weight.data = o.weight[rows]
             if o.bias is not None:
                 base.bias.data = o.bias[rows]
-            alpha = round(BRANCHES[view].scale * rank)
             layer = Linear(base, "default", LoraConfig(r=rank, lora_alpha=alpha), r=rank, lora_alpha=alpha)
-            layer.lora_A["default"].weight.data = o.A[slot, part, columns].clone()
-            layer.lora_B["default"].weight.data = o.B[slot, part, :, columns].clone()
+            places_a.append((slot, part, columns))
+            places_b.append((slot, part, slice(None), columns))
+            layer.lora_A["default"].weight.data = o.A[places_a[-1]].clone()
+            layer.lora_B["default"].weight.data = o.B[places_b[-1]].clone()
             layers.append(layer)
             upstream.append(dy.contiguous())
-            sites.append((slot, part, columns))
     leaves: list[Any] = [*xs, *(layer.lora_A["default"].weight for layer in layers)]
     leaves += [layer.lora_B["default"].weight for layer in layers]
 
-    def adapters(like: Tensor, gradients: Sequence[Tensor], axis: int) -> Tensor:
+    def placed(like: Tensor, places: Sequence[Any], gradients: Sequence[Tensor]) -> Tensor:
         found = torch.zeros_like(like)
-        for (slot, part, columns), gradient in zip(sites, gradients, strict=True):
-            found[slot, part].movedim(axis, 0)[columns] = gradient.movedim(axis, 0)
+        for place, gradient in zip(places, gradients, strict=True):
+            found[place] = gradient
         return found
 
     def run() -> dict[str, Callable[[], Tensor]]:
         y = [layer(xs[i // parts]) for i, layer in enumerate(layers)]
         gradients = torch.autograd.grad(y, leaves, upstream)
-        ends = len(xs), len(xs) + len(layers)
         return {
             "y": lambda: torch.cat([torch.cat(y[i : i + parts], 1) for i in range(0, len(y), parts)]).detach(),
-            "x": lambda: torch.cat(gradients[: ends[0]]),
-            "A": lambda: adapters(o.A, gradients[ends[0] : ends[1]], 0),
-            "B": lambda: adapters(o.B, gradients[ends[1] :], 1),
+            "x": lambda: torch.cat(gradients[: len(xs)]),
+            "A": lambda: placed(o.A, places_a, gradients[len(xs) : -len(layers)]),
+            "B": lambda: placed(o.B, places_b, gradients[-len(layers) :]),
         }
 
     return run
@@ -281,14 +282,15 @@ def _rows(
                     f"wrong in {dtype}: relative error {wrong:.1e}, allowed {TOLERANCE[dtype]:.0e}; it was not timed"
                 )
             times = measure(run, device, milliseconds, graph=True)
-            floor = rows[0]["ms_50"] if rows else times.ms_50
-            tflops = 4 * len(o.x) * o.weight.numel() / times.ms_50 / 1e9  # of the frozen products
-            row = {"case": str(case), "linear": case.linear, "clients": case.clients, "rows": case.all_rows}
-            row |= {
+            row = {
+                "case": str(case),
+                "linear": case.linear,
+                "clients": case.clients,
+                "rows": case.all_rows,
                 "variant": name,
                 **vars(times),
-                "times_frozen": times.ms_50 / floor,
-                "tflops": tflops,
+                "times_frozen": times.ms_50 / (rows[0]["ms_50"] if rows else times.ms_50),
+                "tflops": 4 * len(o.x) * o.weight.numel() / times.ms_50 / 1e9,  # of the frozen products
                 "error": wrong,
             }
             rows.append(row)

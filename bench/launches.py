@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdlp.bench import common
 from fastdlp.bench.baselines import PeftRounds
-from fastdlp.bench.fastdlp_rounds import image_rounds
+from fastdlp.bench.common import Progress
+from fastdlp.bench.fastdlp_rounds import EngineRounds
 from fastdlp.bench.problem import make_problem
 from fastdlp.kernels import attention
 from fastdlp.kernels.launch import recording
@@ -52,7 +53,7 @@ def count(step: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     return counter.operations, Counter(launch.kernel.__name__ for launch in launched)
 
 
-def bench_launches(model: str, with_peft: bool = True) -> dict[str, Any]:
+def bench_launches(model: str, with_peft: bool, progress: Progress) -> dict[str, Any]:
     """The counts of one step in bf16: PEFT's for each client, fastdlp's for any number of clients.
 
     Raises:
@@ -65,10 +66,11 @@ def bench_launches(model: str, with_peft: bool = True) -> dict[str, Any]:
         steps["PEFT, adapters cast, a client"] = PeftRounds(problem, "bf16", cpu, cast=True).step
     for teacher in ("fresh", "pre-update"):
         for backend in ("torch", "triton"):
-            rounds = image_rounds(problem, "bf16", cpu, backend, teacher=teacher)
+            rounds = EngineRounds(problem, "bf16", cpu, backend, teacher=teacher)
             steps[f"fastdlp --teacher {teacher} --backend {backend}"] = rounds.step
     rows = []
     for name, step in steps.items():
+        progress(name)
         count(step)  # the first step also builds tables that are kept
         operations, kernels = count(step)
         rows.append(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdlp.clip.load import Clip, class_prompts, load_clip
-from fastdlp.engine.tasks import Prompts, frozen_text_features
+from fastdlp.data.cache import Pixels
 
 # Classes of Oxford-IIIT Pets
 PETS = (
@@ -24,64 +23,71 @@ PETS = (
 )  # fmt: skip
 TEMPLATE = "a photo of a {}."
 CLASSES = len(PETS)
-ALPHA = 0.1
 # By precision, so that an update shows in the next losses and rounding does not. At 1e-4 in fp32, entries whose first
 # Adam step changes sign by rounding (19 of 334,336 in fastdlp, 28 in PEFT, by fp64) move a divergence by 4 % two steps
 # later; 1e-5 is too small for bf16.
 LR = {"fp32": 1e-5, "bf16": 1e-4}
 CHECKED = 3  # steps of every client whose losses are compared
+SEED = 6  # of the images; with some others a small model's losses change less by a missing average than is allowed
 
 Losses = dict[str, np.ndarray]  # by name: [steps, clients] fp64
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Images and labels of every client and batch, and the class prompts.
+    """A model and the samples of all clients, numbered client by client and batch by batch.
 
-    Shapes: pixels [clients, batches, batch, 3, S, S] normalized fp32; labels [clients, batches, batch]; ids
-    [K, context] token ids of the prompts; text [K, d] their normalized features by the frozen text tower, fp32. A round
-    takes the first `steps` batches of each client; there are at least CHECKED. lr: of every variant's optimizer.
+    Attributes:
+        clip: random weights.
+        data: random images and labels, and the template of the class prompts.
+        clients: that hold equally many samples.
+        batch: images of a client's batch.
+        steps: batches of every client in a round: the first of its batches, of which there are at least CHECKED.
+        lr: of every variant's optimizer.
     """
 
     clip: Clip
-    pixels: Tensor
-    labels: Tensor
-    ids: Tensor
-    text: Tensor
+    data: Pixels
+    clients: int
+    batch: int
     steps: int
     lr: float = LR["fp32"]
 
-    @property
-    def clients(self) -> int:
-        return self.pixels.shape[0]
+    def samples(self, client: int, steps: range) -> np.ndarray:
+        """Sample numbers of a client's batches."""
+        by_batch = np.arange(len(self.data.labels)).reshape(self.clients, -1, self.batch)
+        return by_batch[client, steps.start : steps.stop].ravel()
 
     @property
-    def batch(self) -> int:
-        return self.pixels.shape[2]
+    def pixels(self) -> Tensor:
+        """[clients, batches, batch, 3, S, S] normalized fp32."""
+        pixels = self.clip.transform.normalize(torch.from_numpy(self.data.data))
+        return pixels.unflatten(0, (self.clients, -1, self.batch))
 
-    def samples(self, client: int, steps: range) -> range:
-        """Sample numbers of a client's batches; samples are numbered client by client and batch by batch."""
-        first = client * self.pixels.shape[1]
-        return range((first + steps.start) * self.batch, (first + steps.stop) * self.batch)
+    @property
+    def labels(self) -> Tensor:
+        """[clients, batches, batch] int64."""
+        return torch.from_numpy(self.data.labels).view(self.clients, -1, self.batch)
 
-    def small(self, clients: int) -> Problem:
-        """Fewer clients with two images a batch and one batch a round, to count operations."""
-        return replace(self, pixels=self.pixels[:clients, :, :2], labels=self.labels[:clients, :, :2], steps=1)
+    @property
+    def ids(self) -> Tensor:
+        """[K, context] token ids of the class prompts."""
+        return self.clip.tokenize(class_prompts(self.data.class_names, self.data.template))
 
 
-def make_problem(
-    model: str, batch: int, clients: int = 1, steps: int = 1, seed: int = 0, template: str = TEMPLATE
-) -> Problem:
+def make_problem(model: str, batch: int, clients: int = 1, steps: int = 1, template: str = TEMPLATE) -> Problem:
     """Random weights and images, which do not change the speed, and the prompts of Pets."""
-    clip = load_clip(model, "none", seed)
-    generator = torch.Generator().manual_seed(seed)
-    size, batches = clip.transform.size, max(steps, CHECKED)
-    pixels = torch.randn(clients, batches, batch, 3, size, size, generator=generator)
-    labels = torch.randint(CLASSES, (clients, batches, batch), generator=generator)
-    ids = clip.tokenize(class_prompts(PETS, template))
-    with torch.no_grad():
-        text = F.normalize(frozen_text_features(clip.text, Prompts(*clip.text_stem(ids))), dim=-1)
-    return Problem(clip, pixels, labels, ids, text, steps)
+    clip = load_clip(model, "none")
+    images = clients * max(steps, CHECKED) * batch
+    return Problem(clip, random_images(images, clip.transform.size, template), clients, batch, steps)
+
+
+def random_images(count: int, size: int, template: str = TEMPLATE) -> Pixels:
+    """A data set of random images and labels, with the classes of Pets."""
+    rng = np.random.default_rng(SEED)
+    images = rng.integers(0, 256, (count, 3, size, size), np.uint8)
+    labels, ids = rng.integers(0, CLASSES, count), [str(number) for number in range(count)]
+    return Pixels("random", [*PETS], template, labels, ids, images, [], "")
 
 
 class Rounds(Protocol):
@@ -92,6 +98,3 @@ class Rounds(Protocol):
 
     def round(self) -> object:
         """One epoch of every client and the average; a GPU may still be computing when it returns."""
-
-    def step(self) -> object:
-        """One batch of every client."""

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdlp.bench import common
 from fastdlp.bench.common import Progress, synchronize
-from fastdlp.bench.fastdlp_rounds import EngineRounds, image_rounds
+from fastdlp.bench.fastdlp_rounds import EngineRounds
 from fastdlp.bench.problem import make_problem
 
 WARM_UP = 3  # steps before the one that is profiled: eager, recorded, replayed
@@ -28,7 +28,7 @@ def bench_profile(
     steps = []
     for teacher in ("fresh", "pre-update"):
         progress(f"a step with --teacher {teacher}")
-        rounds = image_rounds(problem, precision, device, backend, teacher=teacher, graph=device.type == "cuda")
+        rounds = EngineRounds(problem, precision, device, backend, teacher=teacher, graph=device.type == "cuda")
         steps.append({"teacher": teacher, "kernels": profiled(rounds, device)})
     what = f"one FEDDLP step, {model}, image encoder, {clients} clients × {batch} images, {precision}, {backend}"
     return {"what": what, "steps": steps, **common.facts(device, "triton")}

@@ -14,21 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from fastdlp.bench import common
 from fastdlp.bench.common import Progress
 from fastdlp.config import TrainConfig
+from fastdlp.engine.device import pick_device
 from fastdlp.methods import make_method
 from fastdlp.run.folder import ADAPTERS, METRICS
 from fastdlp.run.sweep import Grid, sweep
 from fastdlp.run.train import Callbacks, train
 
 
-def bench_sweep(config: TrainConfig, grid: Grid, device: torch.device, progress: Progress) -> dict[str, Any]:
+def bench_sweep(config: TrainConfig, grid: Grid, progress: Progress) -> dict[str, Any]:
     """Seconds of a sweep and of its members alone, and per member how far the two are apart."""
+    device = pick_device(config.device)
     seconds = {"one sweep": 0.0, "one after another": 0.0, "as commands": 0.0}
     rows = []
     with tempfile.TemporaryDirectory() as folder:

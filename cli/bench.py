@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,6 @@ def _many(flag: str, text: str, default: str, **limits: Any) -> Any:
 
 Json = Annotated[bool, _option("--json", "Print JSON on stdout and nothing else there.")]
 Output = Annotated[Path | None, _option("--output", "Also write the result as JSON to this file.")]
-Plot = Annotated[Path | None, _option("--plot", "Also draw the result as PNG to this file.")]
 Model = Annotated[str, _option("--model", "An open_clip model; its weights are random here.")]
 Clients = Annotated[int | None, _option("--clients", "Clients that step together.", "10, on a CPU 1", min=1)]
 BatchSize = Annotated[int, _option("--batch-size", "Images a client and step.", min=1)]
@@ -70,8 +70,7 @@ def round_(
     from fastdlp.bench.round import KEYS, Setting, bench_round, print_round
     from fastdlp.engine.device import DTYPES, pick_backend
 
-    if template.count("{}") != 1:
-        raise FastdlpError(f"--template {template!r} needs exactly one {{}} for the class name")
+    TrainConfig(template=template).check()
     precisions = precision or list(DTYPES)
     _known("--precision", precisions, DTYPES)
     _known("--encoder", [encoder], KEYS)
@@ -92,7 +91,7 @@ def round_(
         only=tuple(only or ()),
         template=template,
     )
-    _measure(lambda progress: bench_round(setting, progress, _saving(output)), print_round, output, as_json)
+    _measure(partial(bench_round, save=_saving(output)), print_round, output, as_json, setting)
 
 
 @bench_app.command()
@@ -110,33 +109,17 @@ def growth(
     repeats: Annotated[int, _option("--repeats", "Timed rounds of each point.", min=1)] = 3,
     device: Device = "auto",
     backend: Backend = TrainConfig.backend,
-    plot: Plot = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
     """How the time of a FEDDLP round grows with clients and uneven clients."""
-    from fastdlp.bench.growth import CLIENTS, bench_growth, growth_figure, print_growth
+    from fastdlp.bench.growth import CLIENTS, bench_growth, print_growth
 
     on, gpu = _on(device)
-    dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
-    result = _measure(
-        lambda progress: bench_growth(
-            model or (VIT if gpu else EMBEDDED_MODEL),
-            samples or 1000 * batch_size,
-            batch_size,
-            dtype,
-            repeats,
-            on,
-            progress,
-            clients or CLIENTS,
-            backend,
-        ),
-        print_growth,
-        output,
-        as_json,
-    )
-    if plot is not None:
-        write_atomic(plot, growth_figure(result))
+    precision = _dtype("--precision", precision, gpu)
+    model, samples = model or (VIT if gpu else EMBEDDED_MODEL), samples or 1000 * batch_size
+    options = model, samples, batch_size, precision, repeats, on, clients or CLIENTS, backend
+    _measure(bench_growth, print_growth, output, as_json, *options)
 
 
 @bench_app.command()
@@ -158,19 +141,13 @@ def kernels(
     from fastdlp.bench.kernels import LINEARS, TOWERS, bench_kernels, print_kernels
 
     on, gpu = _on(device)
+    dtype = _dtype("--dtype", dtype, gpu)
     models, numbers = model or ["ViT-B-32", "ViT-L-14"][: 1 + gpu], clients or [1, 10][: 1 + gpu]
     _known("--model", models, TOWERS)
     _known("--linear", linear or [], LINEARS)
-    precision = _dtype("--dtype", dtype, "bf16" if gpu else "fp32")
-    towers, linears = {name: TOWERS[name] for name in models}, linear or LINEARS
-    _measure(
-        lambda progress: bench_kernels(
-            towers, numbers, linears, precision, batch_size, milliseconds, on, progress, _saving(output)
-        ),
-        print_kernels,
-        output,
-        as_json,
-    )
+    towers = {name: TOWERS[name] for name in models}
+    options = towers, numbers, linear or LINEARS, dtype, batch_size, milliseconds, on
+    _measure(partial(bench_kernels, save=_saving(output)), print_kernels, output, as_json, *options)
 
 
 @bench_app.command()
@@ -189,14 +166,9 @@ def profile(
     from fastdlp.engine.device import DTYPES, pick_backend
 
     on, gpu = _on(device)
-    dtype = _dtype("--precision", precision, "bf16" if gpu else "fp32")
-    chosen, number = pick_backend(backend, on, DTYPES[dtype]), clients or (10 if gpu else 1)
-    _measure(
-        lambda progress: bench_profile(model, number, batch_size, dtype, chosen, on, progress),
-        print_profile,
-        output,
-        as_json,
-    )
+    precision = _dtype("--precision", precision, gpu)
+    backend, clients = pick_backend(backend, on, DTYPES[precision]), clients or (10 if gpu else 1)
+    _measure(bench_profile, print_profile, output, as_json, model, clients, batch_size, precision, backend, on)
 
 
 @bench_app.command()
@@ -209,7 +181,7 @@ def launches(
     """Count the kernels that one FEDDLP step launches in every variant. Needs no GPU."""
     from fastdlp.bench.launches import bench_launches, print_launches
 
-    _measure(lambda progress: bench_launches(model, not without_peft), print_launches, output, as_json)
+    _measure(bench_launches, print_launches, output, as_json, model, not without_peft)
 
 
 @bench_app.command("compile")
@@ -281,7 +253,7 @@ def sweep(
 
     grid = Grid(tuple(lr or (3e-4, 1e-3, 3e-3, 1e-2)), tuple(alpha or (0.1, 1.0)), tuple(seed or (0, 1, 42)))
     config = TrainConfig(method=method, rounds=rounds, device=device)
-    _measure(lambda progress: bench_sweep(config, grid, _on(device)[0], progress), print_sweep, output, as_json)
+    _measure(bench_sweep, print_sweep, output, as_json, config, grid)
 
 
 # -- what all commands share --------------------------------------------------------------------------------
@@ -295,11 +267,13 @@ def _on(device: str) -> tuple[torch.device, bool]:
     return on, on.type == "cuda"
 
 
-def _dtype(flag: str, given: str | None, default: str) -> str:
+def _dtype(flag: str, given: str | None, gpu: bool) -> str:
+    """The dtype that an option names, by default bf16 on a GPU."""
     from fastdlp.engine.device import DTYPES
 
-    _known(flag, [given or default], DTYPES)
-    return given or default
+    name = given or ("bf16" if gpu else "fp32")
+    _known(flag, [name], DTYPES)
+    return name
 
 
 def _known(flag: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -324,19 +298,22 @@ def _json(result: dict[str, Any]) -> str:
 
 
 def _measure(
-    measure: Callable[[Callable[[str], None]], dict[str, Any]],
+    measure: Callable[..., dict[str, Any]],
     show: Callable[[dict[str, Any], Console], None],
     output: Path | None,
     as_json: bool,
-) -> dict[str, Any]:
-    """Measure with progress on stderr, write the JSON, and print it or its table even where writing fails.
+    *arguments: Any,
+) -> None:
+    """`measure(*arguments, progress=…)` with progress on stderr; write the JSON, and print it or its table.
+
+    A file that cannot be written is reported after that.
 
     Exits with 1 where the result has "failed", after printing these lines on stderr.
     """
     from fastdlp.cli import console
 
     with console.telling("preparing") as progress:
-        result = measure(progress)
+        result = measure(*arguments, progress=progress)
     try:
         if output is not None:
             write_atomic(output, _json(result))
@@ -349,4 +326,3 @@ def _measure(
     if failed:
         console.err.print("\n".join(failed), style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
-    return result

@@ -18,6 +18,7 @@ from fastdlp.cli import bench as cli_bench
 from fastdlp.cli import console
 from fastdlp.clip import tower
 from fastdlp.kernels import dual_lora
+from fastdlp.run import build_engine, build_task
 from tests.conftest import CLI
 from tests.models import tiny_clip
 
@@ -57,7 +58,7 @@ def test_every_variant_is_checked_and_measured(setting: round.Setting) -> None:
         assert row["rounds"] == 2
         assert 0 < row["peak_share"] < 1
         assert row["peak_bytes"] is None
-        if (name, precision) == ("PEFT", "fp32"):
+        if (name, precision) in (("PEFT", "fp32"), ("full fine-tuning", "fp32")):
             assert (row["compared_with"], row["loss_errors"]) == ("itself", {})
             continue
         assert row["loss_errors"]
@@ -76,10 +77,13 @@ def test_what_is_measured_by_default_passes_with_room() -> None:
     """At a learning rate of 1e-4 what rounding grew to had the variant refused, with these prompts and 32 images."""
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)
     posed = make_problem(setting.model, setting.batch)
-    both = [variant for variant in round.variants(posed, setting) if variant.name in ("PEFT", "fastdlp")]
+    peft, ours = (v for v in round.variants(posed, setting, "fp32") if v.name in ("PEFT", "fastdlp"))
     expected: dict[tuple[str, str], Any] = {}
-    _, ours = (round.check(variant, "fp32", posed, setting, expected) for variant in both)
-    assert ours.compared_with == "PEFT"
+    for variant in (peft, ours):
+        variant.check(posed, CPU, expected)
+    assert ours.reference[0] == "PEFT"
+    assert (peft.is_reference, peft.errors, ours.is_reference) == (True, {}, False)
+    assert ours.errors
     for name, errors in ours.errors.items():
         assert max(errors) < 0.1 * round.TOLERANCE["fp32"][name[:2]]
 
@@ -101,8 +105,9 @@ def test_without_peft_the_first_variant_is_the_reference(setting: round.Setting)
     result = measured(setting, precisions=("fp32",), with_peft=False)
     rows = {row["key"]: row for row in result["rows"]}
     assert set(rows) == {"fastdlp", "pre-update", "full", "flora"}
-    assert rows["fastdlp"]["compared_with"] == "itself"
-    assert [len(errors) for errors in rows["pre-update"]["loss_errors"].values()] == [1, 1, 1]
+    for key in ("fastdlp", "pre-update", "full"):
+        assert (rows[key]["compared_with"], rows[key]["loss_errors"]) == ("itself", {})
+    assert rows["flora"]["compared_with"] == "full fine-tuning"
     assert "peft" not in result["versions"]
 
 
@@ -145,10 +150,11 @@ def test_a_wrong_variant_is_refused(what: str, setting: round.Setting, monkeypat
     elif what == "adapters left by the client before":
         monkeypatch.setattr(torch, "_foreach_copy_", lambda live, held: None)
     elif what == "another learning rate":
-        settings = fastdlp_rounds.Hyperparameters
-        monkeypatch.setattr(fastdlp_rounds, "Hyperparameters", lambda lr, *others: settings(1.5 * lr, *others))
+        settings = build_engine.Hyperparameters
+        monkeypatch.setattr(build_engine, "Hyperparameters", lambda lr, **others: settings(lr=1.5 * lr, **others))
     else:
         monkeypatch.setattr(baselines.FullRounds, "_epoch", _scaled(baselines.FullRounds._epoch))
+        key = "flora"  # which is compared with it
     result = measured(setting, precisions=("bf16" if "bf16" in what else "fp32",), only=(key,))
     assert result["rows"] == []
     for refusal in result["failed"]:
@@ -211,8 +217,8 @@ def test_text_rows(setting: round.Setting) -> None:
 
 
 def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = fastdlp_rounds.frozen_image_features
-    monkeypatch.setattr(fastdlp_rounds, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
+    features = build_task.frozen_image_features
+    monkeypatch.setattr(build_task, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
     told = measured(setting, encoder="text", only=("fastdlp",))["failed"]
     assert told[0].startswith("fastdlp in fp32 does not compute the losses of all 20 tokens")
 
@@ -245,12 +251,12 @@ def test_operations_are_those_of_a_step(
         for module in modules:
             monkeypatch.setattr(module, name, counting)
 
-    rounds = {"image": fastdlp_rounds.image_rounds, "text": fastdlp_rounds.text_rounds}[encoder](problem, "fp32", CPU)
+    rounds = fastdlp_rounds.EngineRounds(problem, "fp32", CPU, encoder=encoder)
     count("frozen_linear", dual_lora, tower)
     count("frozen_linear_backward", dual_lora)
     rounds.engine.slots = rounds.slots(range(1))
     rounds.step()
-    found = {variant.key: variant for variant in round.variants(problem, replace(setting, encoder=encoder))}
+    found = {variant.key: variant for variant in round.variants(problem, replace(setting, encoder=encoder), "fp32")}
     assert found["fastdlp"].flop == sum(2 * rows * out * width * n for ((out, width), rows), n in calls.items())
 
 

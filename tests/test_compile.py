@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastdlp.bench import cases, compile
-from fastdlp.bench.fastdlp_rounds import image_rounds
+from fastdlp.bench.fastdlp_rounds import EngineRounds
 from fastdlp.bench.problem import make_problem
 from fastdlp.bench.sass import main_loop
 from fastdlp.kernels import tiles
@@ -254,7 +254,7 @@ def test_the_cases_hold_what_an_engine_launches(tmp_path: Path) -> None:
         assert {dict(flags[1:]).get("ACTIVATION", "none") for flags in listed} == {"none", *cases.ACTIVATIONS}
         problem = make_problem(tiny_clip(tmp_path / "model", quick_gelu=True), 2, clients=2)
         for teacher in ("fresh", "pre-update"):
-            engine = image_rounds(problem, "fp32", torch.device("cpu"), "triton", teacher=teacher).engine
+            engine = EngineRounds(problem, "fp32", torch.device("cpu"), "triton", teacher=teacher).engine
             with recording(dry=True) as launches:
                 engine.train_round(1)
             launched = {launch_flags(launch) for launch in launches}

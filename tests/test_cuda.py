@@ -144,12 +144,12 @@ def test_no_step_waits_for_the_host(tmp_path: Path, graph: bool) -> None:
 
 def test_memory_stays_within_its_estimate(tmp_path: Path) -> None:
     """The peak of a round's activations against `activation_bytes`, ViT-B/32 in bf16."""
-    from fastdlp.bench.fastdlp_rounds import image_rounds
+    from fastdlp.bench.fastdlp_rounds import EngineRounds
     from fastdlp.bench.problem import make_problem
     from fastdlp.engine.memory import GRAPHS, activation_bytes
 
     problem, device = make_problem("ViT-B-32-quickgelu", 32, clients=10), torch.device("cuda")
-    rounds = image_rounds(problem, "bf16", device)
+    rounds = EngineRounds(problem, "bf16", device)
     rounds.round()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -18,7 +18,7 @@ def test_what_is_counted() -> None:
 
 
 def test_the_fused_form_launches_less(tmp_path: Path) -> None:
-    result = bench_launches(tiny_clip(tmp_path / "model", quick_gelu=True), with_peft=False)
+    result = bench_launches(tiny_clip(tmp_path / "model", quick_gelu=True), with_peft=False, progress=print)
     rows = {row["variant"]: row for row in result["rows"]}
     for teacher, forwards in (("fresh", 3), ("pre-update", 2)):
         torch_form, fused = (rows[f"fastdlp --teacher {teacher} --backend {b}"] for b in ("torch", "triton"))

@@ -98,7 +98,7 @@ def write_peft(path: Path, adapter: LoRA, architecture: Mapping[str, Any]) -> No
         )
     with atomic_folder(path) as folder:
         write_atomic(folder / CONFIG, json.dumps(_config(adapter), indent=2) + "\n")
-        tensors = {_tensor_name(adapter.encoder, name): tensor for name, tensor in adapter.tensors.items()}
+        tensors = {tensor_name(adapter.encoder, name): tensor for name, tensor in adapter.tensors.items()}
         save_tensors(folder / WEIGHTS, tensors, dict(adapter.about))
 
 
@@ -158,7 +158,7 @@ def _config(adapter: LoRA) -> dict[str, Any]:
     }
 
 
-def _tensor_name(encoder: str, name: str) -> str:
+def tensor_name(encoder: str, name: str) -> str:
     """`0.q/A` → `base_model.model.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`."""
     tower, projection = TOWERS[encoder]
     part, _, kind = name.partition("/")
@@ -168,7 +168,7 @@ def _tensor_name(encoder: str, name: str) -> str:
 
 
 def _own_name(name: str, path: Path) -> tuple[str, str]:
-    """The inverse of `_tensor_name`: encoder and name."""
+    """The inverse of `tensor_name`: encoder and name."""
     match = _TENSOR.fullmatch(name)
     parts = {module: part for part, module in LINEARS.items()}
     if match is None or (match[3] is not None and match[3] not in parts):
