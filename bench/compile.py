@@ -18,9 +18,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,22 +114,19 @@ def bench_compile(archs: Sequence[str], small: bool, progress: Progress) -> dict
     if interpreted():
         raise FastdlpError("TRITON_INTERPRET=1 has Triton interpret its kernels instead of compiling them: unset it")
     jobs, unused = list_jobs(archs, small)
-    rows: list[dict[str, Any]] = []
+    failed = [f"sm_{arch}: no launch uses this row of tiles.json: {row}" for arch, row in unused]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     cores = min(len(os.sched_getaffinity(0)), 8)  # each process loads torch
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(compile_job, jobs, chunksize=4)
         for number, ((job, case), found) in enumerate(zip(jobs.items(), compiled), 1):
             progress(f"sm_{job.arch} {job.kernel}: {number} of {len(jobs)}")
-            of = {"kernel": job.kernel, "arch": job.arch, "dtype": job.dtype}
-            rows.append({**of, **found, "faults": [f"{case} ({job}): {fault}" for fault in faults(job, found)]})
-    table = merged(rows)
-    failed = [f"sm_{arch}: no launch uses this row of tiles.json: {row}" for arch, row in unused]
-    failed += [
-        f"sm_{row['arch']} {row['kernel']} {row['dtype']}, {fault}" for row in table for fault in row.pop("faults")
-    ]
+            groups.setdefault((job.kernel, job.arch, job.dtype), []).append(found)
+            where = f"sm_{job.arch} {job.kernel} {job.dtype}, {case} ({job})"
+            failed += [f"{where}: {fault}" for fault in faults(job, found)]
     return {
         "what": "every kernel in every configuration of tiles.json, compiled without a GPU",
-        "rows": table,
+        "rows": [dict(zip(KEY, key)) | worst(found) for key, found in sorted(groups.items())],
         "failed": failed,
         **common.facts(torch.device("cpu"), "triton"),
     }
@@ -151,10 +148,12 @@ def list_jobs(archs: Sequence[str], small: bool) -> tuple[dict[Job, str], list[t
         knobs.runtime.jit_cache_hook = keep
         for arch in archs:
             _target(arch)
-            with tiles.assume(arch), _recording_rows() as used:
+            tiles._lookup.cache_clear()  # so that every row that is used is read
+            with tiles.assume(arch), mock.patch.object(tiles, "tile_of", wraps=tiles.tile_of) as read:
                 for case, launch in launches_of(small):
                     launch.kernel.warmup(*launch.operands, grid=launch.grid, enable_fp_fusion=True, **launch.options)
                     jobs.setdefault(Job(arch, found.pop()), case)
+            used = [row for (row,), _ in read.call_args_list]
             unused += [(arch, json.dumps(row)) for row in tiles.table()[arch]["rows"] if row not in used]
     return jobs, unused
 
@@ -170,21 +169,6 @@ def _target(arch: str) -> None:
         "get_current_stream": lambda device: 0,
     }
     driver.set_active(SimpleNamespace(**stub))
-
-
-@contextmanager
-def _recording_rows() -> Iterator[list[dict[str, Any]]]:
-    """List the rows of the tile table that are looked up inside."""
-    rows: list[dict[str, Any]] = []
-    tile_of = tiles.tile_of
-
-    def recorded(row: dict[str, Any]) -> tiles.Tile:
-        rows.append(row)
-        return tile_of(row)
-
-    tiles._lookup.cache_clear()
-    with mock.patch.object(tiles, "tile_of", recorded):
-        yield rows
 
 
 def faults(job: Job, found: dict[str, Any]) -> list[str]:
@@ -216,28 +200,18 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all that agree in KEY, sorted: the largest values, all tensor code and all faults.
+def worst(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of what `compile_job` found for a kernel's tiles, their number, the largest values and all tensor code.
 
     The tensor instructions are of the kernel with the most waits for each.
     """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
-    found = []
-    for key, group in sorted(groups.items()):
-        serial = max(group, key=lambda row: (row["waits"] / max(row["hgmma"], 1), row["hmma"]))
-        found.append(
-            dict(zip(KEY, key))
-            | {"compiled": len(group)}
-            | {name: max(row[name] for row in group) for name in WORST}
-            | {name: serial[name] for name in TENSOR}
-            | {
-                "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")} - {"-"})) or "-",
-                "faults": sorted({fault for row in group for fault in row["faults"]}),
-            }
-        )
-    return found
+    serial = max(found, key=lambda one: (one["waits"] / max(one["hgmma"], 1), one["hmma"]))
+    return {
+        "compiled": len(found),
+        **{name: max(one[name] for one in found) for name in WORST},
+        **{name: serial[name] for name in TENSOR},
+        "mma": ", ".join(sorted({code for one in found for code in one["mma"].split(", ")} - {"-"})) or "-",
+    }
 
 
 def compile_job(job: Job) -> dict[str, Any]:

@@ -78,8 +78,7 @@ class Case:
         return pass_run(halves, replace(tower, pool="avg"), model.shape, self.tokens, one, BRANCHES)
 
 
-# Two blocks: the tower's output does not depend on the first token of the last one.
-CASE = Case(TowerShape(2, width=192, mlp=256, embed=64), clients=16, images=32, tokens=5)
+CASE = Case(TowerShape(1, width=192, mlp=256, embed=64), clients=16, images=32, tokens=5)
 SHAPES = {name: replace(TOWERS[name].shape, layers=1) for name in ("ViT-B-32", "ViT-L-14")}
 LARGE = Case(SHAPES["ViT-B-32"], clients=10, images=32, tokens=50)
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -426,15 +427,32 @@ def test_hgmma_of_the_epilogue_do_not_hide_a_serialized_main_loop() -> None:
 def row(**changes: Any) -> dict[str, Any]:
     """A row of a result without faults, but for `changes`."""
     named = {"kernel": "product_kernel", "arch": "90", "dtype": "bf16"}
-    return named | fine(compiled=1, faults=[]) | changes
+    return named | fine(compiled=1) | changes
 
 
-def test_rows_of_one_kernel_are_merged() -> None:
-    serial = row(registers=80, shared=64, faults=["b"], hgmma=2, waits=2)
-    same, other = compile.merged([row(registers=90, shared=8, faults=["a"]), serial, row(dtype="fp16", mma="-")])
-    assert (same["registers"], same["shared"], same["faults"], same["compiled"]) == (90, 64, ["a", "b"], 2)
-    assert (same["hgmma"], same["waits"]) == (2, 2)
-    assert (other["dtype"], other["mma"]) == ("fp16", "-")
+def test_a_row_has_the_worst_of_its_kernels() -> None:
+    found = compile.worst([fine(registers=90, shared=8), fine(registers=80, shared=64, hgmma=2, waits=2, mma=MMA)])
+    assert (found["registers"], found["shared"], found["compiled"]) == (90, 64, 2)
+    assert (found["hgmma"], found["waits"]) == (2, 2)
+    assert found["mma"] == f"{MMA}, wgmma.m64n128k16.bf16"
+    assert compile.worst([fine(mma="-")])["mma"] == "-"
+
+
+def test_rows_are_by_kernel_and_faults_by_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, large, half = job(), job(constants={"BLOCK_M": 128}), job(signature={"x_ptr": "*fp16"})
+    jobs = {fits: "a case", large: "another", half: "a third"}
+    figures = {fits: fine(), large: fine(stack=8), half: fine(mma="wgmma.m64n128k16.f16")}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(compile, "list_jobs", lambda *_: (jobs, [("80", "{}")]))
+    monkeypatch.setattr(compile, "ProcessPoolExecutor", lambda cores, context: ThreadPoolExecutor(cores))
+    monkeypatch.setattr(compile, "compile_job", figures.__getitem__)
+    result = compile.bench_compile(["90"], True, lambda text: None)
+    assert [(row["dtype"], row["compiled"], row["stack"]) for row in result["rows"]] == [("bf16", 2, 8), ("fp16", 1, 0)]
+    assert result["failed"] == [
+        "sm_80: no launch uses this row of tiles.json: {}",
+        "sm_90 product_kernel bf16, another (BLOCK_M=128, 4 warps, 3 stages): registers do not suffice: 8 bytes of "
+        "stack, 0 stored, 0 loaded",
+    ]
 
 
 def test_the_command_fails_with_a_line_for_every_fault(

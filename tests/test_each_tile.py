@@ -23,7 +23,9 @@ from fastdlp.kernels.tiles import Tile, forced
 GPU, CPU = torch.cuda.is_available(), torch.device("cpu")
 DEVICE = torch.device("cuda") if GPU else CPU
 # Triton's interpreter is slow, and computes bf16 products wrongly. Its table has one row a kernel: one pass takes all.
-SHAPE = CASE if GPU else Case(TowerShape(2, width=48, mlp=80, embed=16), clients=2, images=8, tokens=5)
+SHAPE = CASE if GPU else Case(TowerShape(1, width=48, mlp=80, embed=16), clients=2, images=8, tokens=5)
+# Two blocks, because the tower's output does not depend on the first token of the last one.
+SHAPE = replace(SHAPE, shape=replace(SHAPE.shape, layers=2))
 ROWS = table_rows(DEVICE) if GPU else [row for row in table_rows(DEVICE) if row[1] == "fp32"][:1]
 # Of the largest entry. Two blocks by torch are off by 6e-6 and 2.2e-2; TF32 would be by 3e-4.
 TOLERANCE = {"fp32": 5e-5, "bf16": 8e-2}
