@@ -1,8 +1,7 @@
 """Every kernel in every configuration of tiles.json, compiled without a GPU, and the conditions that it has to meet.
 
-What is launched comes from `cases.py`; each launch is compiled as Triton's JIT would specialize it: a None and the
-integer 1 are constants, and addresses and integers divisible by 16 are marked so. Launches of the same code are
-compiled once. The result has a row for each kernel, architecture and dtype, with the worst value of all its tiles.
+What is launched comes from `cases.py`; each launch is compiled as Triton's JIT specializes it, and launches of the same
+code once. The result has a row for each kernel, architecture and dtype, with the worst value of all its tiles.
 
 A kernel fails when it has a stack or spills, asks for more shared memory than a block may have, multiplies large tiles
 of 16 bits without the tensor instruction of its architecture or without asynchronous loads in its main loop, waits
@@ -19,17 +18,18 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fastdlp.bench import common
 from fastdlp.bench.cases import launches_of
@@ -38,18 +38,10 @@ from fastdlp.bench.sass import main_loop
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
 from fastdlp.kernels.backend import interpreted
-from fastdlp.kernels.launch import Launch
 
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024}  # bytes that a block may ask for
 TENSOR_CODE = {"80": "mma.sync", "90": "wgmma"}
 HALF = {"bf16": "bf16", "fp16": "f16"}  # their names in PTX
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 # Instructions that are counted in a kernel's main loop; waits are for wgmma, drains those that leave none in flight.
 COUNTED = {
     "hgmma": r"\bHGMMA\b",
@@ -63,42 +55,48 @@ COUNTED = {
 TENSOR = ("hgmma", "hmma", "waits", "drains")  # of one kernel, so that they are taken together
 WORST = ("registers", "stack", "spill_stores", "spill_loads", "shared", "barriers", "loads", "async_loads")
 KEY = ("kernel", "arch", "dtype")
-ALIGNED = 16  # divisor of addresses (bytes) and integers for which Triton's JIT specializes
 
 
 @dataclass(frozen=True)
 class Job:
-    """What determines a kernel's code, in plain values that hash and pickle.
+    """What determines a kernel's code: an architecture, and the JIT's own record of a specialization as JSON."""
 
-    signature: (parameter, type) in order; constants: (parameter, value); aligned: positions divisible by 16.
-    """
-
-    module: str
-    kernel: str
     arch: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]
-    warps: int
-    stages: int
+    specialization: str
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """ "name" with its module, "signature" (types by parameter), "constant" and "attrs", each as keys, which are
+        lists of one position, and values, and "options"."""
+        return json.loads(self.specialization)
+
+    @property
+    def kernel(self) -> str:
+        return self.record["name"].rpartition(".")[2]
+
+    def by_name(self, what: str) -> dict[str, Any]:
+        """The "constant" or "attrs" of the record by parameter; of attributes there is one, divisibility by 16."""
+        names, positions = list(self.record["signature"]), self.record[f"{what}_keys"]
+        return {names[position]: value for (position,), value in zip(positions, self.record[f"{what}_vals"])}
 
     @property
     def constexprs(self) -> dict[str, Any]:
         """Of the constants, those that the kernel declares so."""
-        return {name: value for name, value in self.constants if not name.islower()}
+        return {name: value for name, value in self.by_name("constant").items() if not name.islower()}
 
     @property
     def dtype(self) -> str:
         """Of the large operands, the smallest float type among the pointers; tf32 is a precision of fp32 products."""
         if self.constexprs.get("PRECISION") == "tf32":
             return "tf32"
-        types = {word for _, kind in self.signature for word in re.findall(r"\w+", kind)}
+        types = {word for kind in self.record["signature"].values() for word in re.findall(r"\w+", kind)}
         return next(name for name in ("bf16", "fp16", "fp32") if name in types)
 
     def __str__(self) -> str:
         """Tile and flags: `BLOCK_M=128 BLOCK_N=256 EVEN_N=True, 8 warps, 3 stages`."""
-        options = " ".join(f"{name}={value}" for name, value in self.constexprs.items() if value is not False)
-        return f"{options}, {self.warps} warps, {self.stages} stages"
+        flags = " ".join(f"{name}={value}" for name, value in self.constexprs.items() if value is not False)
+        options = self.record["options"]
+        return f"{flags}, {options['num_warps']} warps, {options['num_stages']} stages"
 
 
 def bench_compile(archs: Sequence[str], small: bool, progress: Progress) -> dict[str, Any]:
@@ -116,23 +114,19 @@ def bench_compile(archs: Sequence[str], small: bool, progress: Progress) -> dict
     if interpreted():
         raise FastdlpError("TRITON_INTERPRET=1 has Triton interpret its kernels instead of compiling them: unset it")
     jobs, unused = list_jobs(archs, small)
-    rows: list[dict[str, Any]] = []
+    failed = [f"sm_{arch}: no launch uses this row of tiles.json: {row}" for arch, row in unused]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     cores = min(len(os.sched_getaffinity(0)), 8)  # each process loads torch
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(compile_job, jobs, chunksize=4)
         for number, ((job, case), found) in enumerate(zip(jobs.items(), compiled), 1):
             progress(f"sm_{job.arch} {job.kernel}: {number} of {len(jobs)}")
-            row = {"kernel": job.kernel, "arch": job.arch, "dtype": job.dtype, "compiled": 1, **found}
-            rows.append(row | {"faults": [f"{case} ({job}): {fault}" for fault in faults(job, found)]})
-            del rows[-1]["warnings"]  # they are among the faults
-    table = merged(rows)
-    failed = [f"sm_{arch}: no launch uses this row of tiles.json: {row}" for arch, row in unused]
-    failed += [
-        f"sm_{row['arch']} {row['kernel']} {row['dtype']}, {fault}" for row in table for fault in row.pop("faults")
-    ]
+            groups.setdefault((job.kernel, job.arch, job.dtype), []).append(found)
+            where = f"sm_{job.arch} {job.kernel} {job.dtype}, {case} ({job})"
+            failed += [f"{where}: {fault}" for fault in faults(job, found)]
     return {
         "what": "every kernel in every configuration of tiles.json, compiled without a GPU",
-        "rows": table,
+        "rows": [dict(zip(KEY, key)) | worst(found) for key, found in sorted(groups.items())],
         "failed": failed,
         **common.facts(torch.device("cpu"), "triton"),
     }
@@ -140,29 +134,41 @@ def bench_compile(archs: Sequence[str], small: bool, progress: Progress) -> dict
 
 def list_jobs(archs: Sequence[str], small: bool) -> tuple[dict[Job, str], list[tuple[str, str]]]:
     """Every job with the first case that needs it, and (architecture, row) of the tile table that no case uses."""
+    from triton import knobs
+
     jobs: dict[Job, str] = {}
     unused: list[tuple[str, str]] = []
-    for arch in archs:
-        with tiles.assume(arch), _recording_rows() as used:
-            for case, launch in launches_of(small):
-                jobs.setdefault(specialized(launch, arch), case)
-        unused += [(arch, json.dumps(row)) for row in tiles.table()[arch]["rows"] if row not in used]
+    found: list[str] = []
+
+    def keep(**details: Any) -> bool:
+        found.append(details["compile"]["specialization_data"])
+        return True  # instead of compiling
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = keep
+        for arch in archs:
+            _target(arch)
+            tiles._lookup.cache_clear()  # so that every row that is used is read
+            with tiles.assume(arch), mock.patch.object(tiles, "tile_of", wraps=tiles.tile_of) as read:
+                for case, launch in launches_of(small):
+                    launch.kernel.warmup(*launch.operands, grid=launch.grid, enable_fp_fusion=True, **launch.options)
+                    jobs.setdefault(Job(arch, found.pop()), case)
+            used = [row for (row,), _ in read.call_args_list]
+            unused += [(arch, json.dumps(row)) for row in tiles.table()[arch]["rows"] if row not in used]
     return jobs, unused
 
 
-@contextmanager
-def _recording_rows() -> Iterator[list[dict[str, Any]]]:
-    """List the rows of the tile table that are looked up inside."""
-    rows: list[dict[str, Any]] = []
-    tile_of = tiles.tile_of
+def _target(arch: str) -> None:
+    """Let Triton's JIT compile for an architecture, without a GPU; what it has compiled it keeps by device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    def recorded(row: dict[str, Any]) -> tiles.Tile:
-        rows.append(row)
-        return tile_of(row)
-
-    tiles._lookup.cache_clear()
-    with mock.patch.object(tiles, "tile_of", recorded):
-        yield rows
+    stub = {
+        "get_current_target": lambda: GPUTarget("cuda", int(arch), 32),
+        "get_current_device": lambda: arch,
+        "get_current_stream": lambda device: 0,
+    }
+    driver.set_active(SimpleNamespace(**stub))
 
 
 def faults(job: Job, found: dict[str, Any]) -> list[str]:
@@ -184,7 +190,7 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
         large = job.constexprs["BLOCK_M"] >= 64
         if large and not (right and in_loop):
             lines.append(f"tensor code {found['mma']}, expected {expected} of {operand}")
-        if large and not found["async_loads"] and "K" in {job.signature[position][0] for position in job.aligned}:
+        if large and not found["async_loads"] and job.by_name("attrs").get("K"):
             lines.append("no asynchronous loads")
         hgmma, waits = found["hgmma"], found["waits"]
         # A loop with one HGMMA needs one wait an iteration. That wait is for the iteration before, and the tensor cores
@@ -194,59 +200,18 @@ def faults(job: Job, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all that agree in KEY, sorted: the largest values, all tensor code and all faults.
+def worst(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of what `compile_job` found for a kernel's tiles, their number, the largest values and all tensor code.
 
     The tensor instructions are of the kernel with the most waits for each.
     """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
-    found = []
-    for key, group in sorted(groups.items()):
-        serial = max(group, key=lambda row: (row["waits"] / max(row["hgmma"], 1), row["hmma"]))
-        found.append(
-            dict(zip(KEY, key))
-            | {"compiled": sum(row["compiled"] for row in group)}
-            | {name: max(row[name] for row in group) for name in WORST}
-            | {name: serial[name] for name in TENSOR}
-            | {
-                "mma": ", ".join(sorted({code for row in group for code in row["mma"].split(", ")} - {"-"})) or "-",
-                "faults": sorted({fault for row in group for fault in row["faults"]}),
-            }
-        )
-    return found
-
-
-def specialized(launch: Launch, arch: str) -> Job:
-    """The launch as Triton's JIT would specialize it."""
-    options = dict(launch.options)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    names = launch.kernel.arg_names
-    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
-    values = dict(zip(names, launch.operands)) | options
-    signature: list[tuple[str, str]] = []
-    constants: list[tuple[str, Any]] = []
-    aligned: list[int] = []
-    for position, name in enumerate(names):
-        value = values[name]
-        if name in options or value is None or (isinstance(value, int) and value == 1 and name not in general):
-            constants.append((name, value))
-            signature.append((name, "constexpr"))
-        elif isinstance(value, float):
-            signature.append((name, "fp32"))
-        elif hasattr(value, "block_shape"):  # Triton's TensorDescriptor, whose alignment is a condition of its own
-            signature.append((name, f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"))
-        else:
-            if isinstance(value, Tensor):
-                kind, divided = "*" + TYPES[value.dtype], value.storage_offset() * value.element_size()
-            else:
-                kind, divided = "i32" if abs(value) < 2**31 else "i64", value
-            signature.append((name, kind))
-            if divided % ALIGNED == 0 and name not in general:
-                aligned.append(position)
-    module, kernel = launch.kernel.fn.__module__, launch.kernel.fn.__name__
-    return Job(module, kernel, arch, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
+    serial = max(found, key=lambda one: (one["waits"] / max(one["hgmma"], 1), one["hmma"]))
+    return {
+        "compiled": len(found),
+        **{name: max(one[name] for one in found) for name in WORST},
+        **{name: serial[name] for name in TENSOR},
+        "mma": ", ".join(sorted({code for one in found for code in one["mma"].split(", ")} - {"-"})) or "-",
+    }
 
 
 def compile_job(job: Job) -> dict[str, Any]:
@@ -256,15 +221,8 @@ def compile_job(job: Job) -> dict[str, Any]:
         registers, bytes of stack a thread and bytes of spills; shared bytes a block; the tensor instructions of its
         PTX, "-" where there are none; counts of COUNTED in the main loop; ptxas' warnings of performance.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    divisible = {(position,): [["tt.divisibility", ALIGNED]] for position in job.aligned}
-    source = ASTSource(kernel, dict(job.signature), dict(job.constants), divisible)
-    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
     try:
-        built, log, sass = _build(source, GPUTarget("cuda", int(job.arch), 32), options)
+        built, log, sass = _build(job)
     except Exception as error:
         raise RuntimeError(f"does not compile: {job.kernel} {job}") from error
     loop = main_loop(sass)
@@ -277,29 +235,31 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _build(source: Any, target: Any, options: dict[str, Any]) -> tuple[Any, str, str]:
+def _build(job: Job) -> tuple[Any, str, str]:
     """The kernel as Triton compiles it, the log of its ptxas, and its SASS.
 
     Triton prints the log when it runs ptxas, which it does not for what is in its cache; so the log is kept there too,
     and the SASS, which takes half as long as the compilation.
     """
-    import triton
+    from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
+    _target(job.arch)
+    kernel = getattr(importlib.import_module(job.record["name"].rpartition(".")[0]), job.kernel)
     log = io.StringIO()
-    with redirect_stdout(log), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
-        triton.knobs.nvidia.dump_ptxas_log = True
-        built = triton.compile(source, target=target, options=options)
+    with redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        built = kernel.preload(job.specialization)
         cache = get_cache_manager(built.hash)
         if not log.getvalue() and cache.get_file("ptxas.log") is None:  # was compiled without keeping the log
-            triton.knobs.compilation.always_compile = True
-            built = triton.compile(source, target=target, options=options)
+            knobs.compilation.always_compile = True
+            built = kernel.preload(job.specialization)
     if log.getvalue():
         cache.put(log.getvalue(), "ptxas.log", binary=False)
     if cache.get_file("sass") is None:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(built.asm["cubin"])
-            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+            command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         cache.put(re.sub(r" +/\* 0x[0-9a-f]{16} \*/\n?", "", sass), "sass", binary=False)
     return built, *(Path(cache.get_file(name)).read_text() for name in ("ptxas.log", "sass"))

@@ -1,25 +1,27 @@
 """The tile table of this GPU's architecture, measured: `fastdlp bench tune` writes kernels/tiles.json.
 
-Every kernel of the operator runs on the linears of ViT-B/32 and ViT-L/14 at three numbers of rows, in every candidate
-tile and, for the products, in the library's product too. One is timed after its outputs agreed with library products.
-`choose` takes one tile for each number of rows, and one of its own for a shape where that is faster by more than 3 %.
-The table is written after every kernel and number of rows, so that a killed run keeps what it found. What was not
-reached in time, and kernels whose launchers take no tile, keep their rows.
+A block of ViT-B/32 and of ViT-L/14 runs forward and backward at three numbers of rows, with every kernel of the
+operator in every candidate tile and, for the products, in the library's product too. The kernel is then timed alone, on
+each of the block's linears, if outputs and all gradients agree with the torch backend. `choose` takes one tile for each
+number of rows, and one of its own for a shape where that is faster by more than 3 %. The table is written after every
+kernel and number of rows, so that a killed run keeps what it found. What was not reached in time, and kernels that are
+not tuned, keep their rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +29,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastdlp.adapters.branches import TowerShape
 from fastdlp.bench import common
 from fastdlp.bench.common import Progress, measure, survive, synchronize
-from fastdlp.bench.each_tile import LINEARS, describe, make_work
-from fastdlp.bench.kernels import TOLERANCE, TOWERS, Case, ImageTower, cases
+from fastdlp.bench.each_tile import LAUNCHERS, SHAPES, Case, describe, tiled
+from fastdlp.engine.autotune import Run, largest_error, nan_filled, tolerance_of
 from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
-from fastdlp.kernels.tiles import FALLBACK, Tile, table, tile_of
+from fastdlp.kernels.tiles import FALLBACK, Tile, forced, table, tile_of
 
 TABLE = Path(tiles.__file__).with_name("tiles.json")
 MILLISECONDS = 8.0  # of timing for a candidate on a shape
 PROCESSES = 16  # that compile, at most
 COMPILING = 0.4  # of the time, at most
 WINS = 0.97  # of the general tile's time: below it a shape gets a tile of its own
-TUNED_TOWERS = {name: TOWERS[name] for name in ("ViT-B-32", "ViT-L-14")}
+# Up to how many rows (None: more than the others) a row of the table serves, and the clients, images and tokens that
+# represent them; in the order of importance.
+CLASSES = {None: (10, 32, 50), 4096: (1, 32, 50), 512: (1, 8, 4)}
 # Kernels whose rows are kept: they are launched once a pass, or once an image and head.
-NO_TILE = ("fold", "sum_partials", "attention", "attention_backward", "normalize", "row_norms", "adamw")
-
-
-@dataclass(frozen=True)
-class RowClass:
-    """Up to how many rows (None: more than the others) a row of the table serves, and what represents them."""
-
-    rows_to: int | None
-    clients: int
-    images: int
-    tokens: int
-
-
-CLASSES = (RowClass(None, 10, 32, 50), RowClass(4096, 1, 32, 50), RowClass(512, 1, 32, 1))  # in the order of importance
+KEPT = ("fold", "sum_partials", "attention", "attention_backward", "normalize", "row_norms", "adamw")
 
 # Candidates by itemsize: the blocks of a kernel, then warps and stages.
 PRODUCT, STRIP, ROWS = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), ("BLOCK_M", "BLOCK_K"), ("BLOCK_M",)
@@ -94,73 +86,47 @@ def candidates(kernel: str, itemsize: int) -> list[Tile]:
 
 # -- choosing -----------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one tile on one shape of one class of rows; `out` and `width` as `tile_for` takes them."""
-
-    rows_to: int | None
-    out: int
-    width: int
-    tile: Tile
-    ms: float
+Timing = tuple[Tile, dict[tuple[int, int], float]]  # milliseconds of a tile by (N, K) as `tile_for` takes them
 
 
-def choose(kernel: str, itemsize: int, timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """The table's rows for a kernel, fewest rows first, and a shape's own tile before the general one.
+def choose(kernel: str, itemsize: int, rows_to: int | None, timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """The table's rows for a kernel and a class of rows, a shape's own tile before the general one.
 
-    General is the tile with the least geometric mean of (its time / the best time) over the shapes of a class.
+    General is the tile with the least geometric mean of its times over the shapes; all tiles have the same shapes.
 
     Raises:
-        FastdlpError: no tile ran on every shape of a class.
+        FastdlpError: no tile ran.
     """
-    nothing = FastdlpError(f"no tile of {kernel} ran on every shape: give it candidates that fit this GPU")
     if not timings:
-        raise nothing
+        raise FastdlpError(f"no tile of {kernel} ran on every shape: give it candidates that fit this GPU")
+
+    def row(tile: Tile, **shape: int) -> dict[str, Any]:
+        """What it does not restrict is left out."""
+        limits = {"form": tile.form.replace("triton", ""), "rows_to": rows_to, **shape}
+        launch = {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages} if tile.form != "torch" else {}
+        return {"kernel": kernel, "itemsize": [itemsize]} | {k: v for k, v in limits.items() if v} | launch
+
+    general, of_general = min(timings, key=lambda timing: math.fsum(map(math.log, timing[1].values())))
     rows = []
-    for rows_to in sorted({t.rows_to for t in timings}, key=lambda rows_to: rows_to or math.inf):
-        of_class = [t for t in timings if t.rows_to == rows_to]
-        shapes = list(dict.fromkeys((t.out, t.width) for t in of_class))
-        by_key = {_key(t.tile): t.tile for t in of_class}
-        # Two linears may look up the same tile (K alone does not tell fc1 from qkv): their times add up.
-        ms = {
-            (key, shape): math.fsum(t.ms for t in of_class if (t.out, t.width) == shape and _key(t.tile) == key)
-            or math.inf
-            for key in by_key
-            for shape in shapes
-        }
-        best = {shape: min(by_key, key=lambda key: ms[key, shape]) for shape in shapes}
-        loss = {key: math.fsum(math.log(ms[key, shape] / ms[best[shape], shape]) for shape in shapes) for key in by_key}
-        general = min(by_key, key=lambda key: loss[key])
-        if math.isinf(loss[general]):
-            raise nothing
-        own = [shape for shape in shapes if ms[best[shape], shape] < WINS * ms[general, shape]]
-        rows += [row_of(kernel, itemsize, by_key[best[shape]], rows_to, *shape) for shape in own]
-        rows.append(row_of(kernel, itemsize, by_key[general], rows_to))
-    return rows
+    for (out, width), general_ms in of_general.items():
+        own, ms = min(timings, key=lambda timing: timing[1][out, width])
+        if ms[out, width] < WINS * general_ms:
+            rows.append(row(own, out=out, width=width))
+    return [*rows, row(general)]
 
 
-def row_of(
-    kernel: str, itemsize: int, tile: Tile, rows_to: int | None = None, out: int = 0, width: int = 0
-) -> dict[str, Any]:
-    """A row of the table; what it does not restrict is left out."""
-    form = tile.form if tile.form != "triton" else None
-    limits = {"form": form, "chunk": tile.chunk, "rows_to": rows_to, "out": out, "width": width}
-    row = {"kernel": kernel, "itemsize": [itemsize]} | {name: value for name, value in limits.items() if value}
-    launch = {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages}
-    return row if tile.form == "torch" else row | launch
-
-
-def replaced(
-    rows: list[dict[str, Any]], kernel: str, itemsize: int, rows_to: int | None, new: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The rows with `new` in the place of those of this kernel, element size and class; fewest rows first."""
-    single = [row | {"itemsize": [size]} for row in rows if row["kernel"] == kernel for size in row["itemsize"]]
-    own = [row for row in single if row["itemsize"] != [itemsize] or row.get("rows_to") != rows_to] + new
-    own.sort(key=lambda row: row.get("rows_to", math.inf))  # stable: a shape's own tile stays before the general one
-    first = next((number for number, row in enumerate(rows) if row["kernel"] == kernel), len(rows))
-    others = [row for row in rows if row["kernel"] != kernel]
-    return others[:first] + own + others[first:]
+def replaced(rows: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `new`, of one kernel, element size and class, in the place of those before; fewest rows first."""
+    kernel, (itemsize,), rows_to = new[0]["kernel"], new[0]["itemsize"], new[0].get("rows_to")
+    order = list(dict.fromkeys(row["kernel"] for row in rows))
+    kept = []
+    for row in rows:
+        sizes = row["itemsize"]
+        if (row["kernel"], row.get("rows_to")) == (kernel, rows_to):
+            sizes = [size for size in sizes if size != itemsize]
+        kept += [row | {"itemsize": sizes}] if sizes else []
+    # Stable: a shape's own tile stays before the general one.
+    return sorted([*kept, *new], key=lambda row: (order.index(row["kernel"]), row.get("rows_to", math.inf)))
 
 
 def format_table(tables: dict[str, Any]) -> str:
@@ -173,87 +139,102 @@ def format_table(tables: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-def _key(tile: Tile) -> str:
-    return json.dumps([tile.form, tile.blocks, tile.warps, tile.stages, tile.chunk])
-
-
 # -- measuring ----------------------------------------------------------------------------------------------
 
 
-class OutOfTime(Exception):
-    """The budget ended."""
+@dataclass(frozen=True)
+class Block:
+    """A block of a tower, and its outputs and gradients by torch."""
+
+    name: str
+    run: Run
+    right: list[Tensor]
 
 
-@dataclass
-class Notes:
-    """Lines about what was left out, and about tiles that compute wrong results."""
+@lru_cache(maxsize=len(SHAPES))
+def make_block(name: str, shape: TowerShape, rows_to: int | None, precision: str, device: torch.device) -> Block:
+    """For the number of rows that represents its class."""
+    case = Case(shape, *CLASSES[rows_to])
+    run = case.run(precision, device)
+    return Block(f"{name}, {case.rows} rows", run, run("torch"))
 
-    dropped: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+
+def measure_tile(
+    kernel: str, tile: Tile, block: Block, precision: str, device: torch.device
+) -> dict[tuple[int, int], float]:
+    """Milliseconds of a kernel by (N, K); linears that look up the same tile (K alone does not tell fc1 from qkv) add.
+
+    Raises:
+        FastdlpError: the results are wrong.
+    """
+
+    def run() -> list[Tensor]:
+        with nan_filled():
+            return block.run("triton")
+
+    with tiled(kernel, tile, run) as (outputs, calls):
+        error = largest_error(outputs, block.right)
+        if not error <= tolerance_of(DTYPES[precision]):
+            raise FastdlpError(
+                f"{kernel} in {precision} with {describe(tile)} computes {block.name}, wrongly: relative error "
+                f"{error:.1e}"
+            )
+        return {
+            (out, width): measure(partial(_repeat, same), device, MILLISECONDS, graph=True).ms_50
+            for (_, out, width), same in calls.items()
+        }
+
+
+def _repeat(calls: Sequence[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
 
 
 def measure_kernel(
     kernel: str,
     precision: str,
-    towers: dict[str, ImageTower],
-    rows: RowClass,
+    rows_to: int | None,
     tried: Sequence[Tile],
     device: torch.device,
     deadline: float,
-    notes: Notes,
+    result: dict[str, Any],
     progress: Progress,
 ) -> list[Timing]:
     """Timings of a kernel on every shape of a class, in every tile that runs here and computes the right results.
 
+    The others go into the result's "notes" and "failed".
+
     Raises:
-        OutOfTime: `deadline` (of time.monotonic) passed.
+        TimeoutError: `deadline` (of time.monotonic) passed.
     """
     from triton.errors import TritonError
 
     timings: list[Timing] = []
-    out = set[str]()  # tiles that are tried no more
-    for case in _cases(kernel, towers, rows):
-        work = make_work(kernel, case, DTYPES[precision], device)
-        right = work.right()
-        where = f"{case.model} {case.linear}, {case.all_rows} rows"
-        for key, tile in {_key(tile): tile for tile in tried}.items():
-            if time.monotonic() > deadline:
-                raise OutOfTime
-            if key in out:
-                continue
-            progress(f"{kernel}, {precision}, {where}: {describe(tile)}")
-            try:
-                outputs = work.run(tile)
-            except (TritonError, RuntimeError) as error:
-                if not isinstance(error, TritonError) and "PassManager" not in str(error):
-                    raise  # of the GPU or of a library, not of the tile
-                out.add(key)
-                why = " ".join(str(error).split())[:80]
-                notes.dropped.append(f"{kernel}, {precision}: {describe(tile)} does not run here ({why})")
-                continue
-            wrong = max(_error(ours, reference) for ours, reference in zip(outputs, right, strict=True))
-            if not wrong <= TOLERANCE[precision]:
-                out.add(key)
-                notes.wrong.append(
-                    f"{kernel} in {precision} with {describe(tile)} computes {where}, wrongly: "
-                    f"relative error {wrong:.1e}"
-                )
-                continue
-            ms = measure(partial(work.run, tile), device, MILLISECONDS, graph=True).ms_50
-            timings.append(Timing(rows.rows_to, work.out, work.width, tile, ms))
-    return [t for t in timings if _key(t.tile) not in out]
-
-
-def _error(ours: Tensor, reference: Tensor) -> float:
-    """‖ours − reference‖ / ‖reference‖; infinite where it is NaN, which `max` would ignore."""
-    error = ((ours.float() - reference.float()).norm() / reference.float().norm()).item()
-    return math.inf if math.isnan(error) else error
+    for tile in tried:
+        ms: dict[tuple[int, int], float] = {}
+        try:
+            for name, shape in SHAPES.items():
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                block = make_block(name, shape, rows_to, precision, device)
+                progress(f"{kernel}, {precision}, {block.name}: {describe(tile)}")
+                ms |= measure_tile(kernel, tile, block, precision, device)
+        except FastdlpError as error:
+            result["failed"].append(str(error))
+        except (TritonError, RuntimeError) as error:
+            if not isinstance(error, TritonError) and "PassManager" not in str(error):
+                raise  # of the GPU or of a library, not of the tile
+            why = " ".join(str(error).split())[:80]
+            result["notes"].append(f"{kernel}, {precision}: {describe(tile)} does not run here ({why})")
+        else:
+            timings.append((tile, ms))
+    return timings
 
 
 def compile_ahead(
-    jobs: Sequence[tuple[str, str, Case, Tile]], device: torch.device, pool: Executor, seconds: float
+    jobs: Sequence[tuple[str, Tile, TowerShape, str]], device: torch.device, pool: Executor, seconds: float
 ) -> int:
-    """Launch (kernel, precision, case, tile) once each in other processes, which fills Triton's cache on disk.
+    """Run (kernel, tile, shape of a tower, precision) once each in other processes, which fills Triton's cache on disk.
 
     An error is ignored here, because `measure_kernel` meets it again. The device is idle at the end.
 
@@ -266,11 +247,12 @@ def compile_ahead(
     return sum(future.exception() is None for future in finished)
 
 
-def _launch(kernel: str, precision: str, case: Case, tile: Tile, device: torch.device) -> None:
-    make_work(kernel, case, DTYPES[precision], device).run(tile)
+def _launch(kernel: str, tile: Tile, shape: TowerShape, precision: str, device: torch.device) -> None:
+    """On few rows, because a kernel's code does not depend on their number."""
+    run = Case(shape, *CLASSES[512]).run(precision, device)
+    with forced(kernel, tile):
+        run("triton")
     synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the processes share the memory
 
 
 def tune(
@@ -296,56 +278,53 @@ def tune(
     own, deadline, tables = f"{major}{minor}", time.monotonic() + 60 * minutes, table()
     rows = (tables.get(own) or tables[FALLBACK])["rows"]
     measured = (tables.get(own) or {}).get("measured")
-    notes = Notes([f"{', '.join(NO_TILE)}: rows kept, their launchers take no tile"])
-    plan = [
-        (precision, of_class, kernel, _tried(rows, kernel, DTYPES[precision].itemsize))
+    result: dict[str, Any] = {"rows": [], "notes": [f"{', '.join(KEPT)}: rows kept, they are not tuned"], "failed": []}
+    tried = {
+        (kernel, precision): _tried(rows, kernel, DTYPES[precision].itemsize)
         for precision in precisions
-        for of_class in CLASSES
-        for kernel in LINEARS
-    ]
+        for kernel in LAUNCHERS
+    }
     if processes := min(PROCESSES, os.cpu_count() or 1) if processes is None else processes:
-        jobs = [
-            (kernel, precision, case, tile)
-            for name, tower in TUNED_TOWERS.items()  # much of what the second needs is compiled for the first
-            for precision, of_class, kernel, tried in plan
-            for case in _cases(kernel, {name: tower}, of_class)
-            for tile in tried
+        jobs = [  # much of what the second tower needs is compiled for the first
+            (kernel, tile, shape, precision)
+            for shape in SHAPES.values()
+            for (kernel, precision), of_kernel in tried.items()
+            for tile in of_kernel
         ]
         progress(f"compiling in {processes} processes")
         with suppress(BrokenExecutor), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             ran = compile_ahead(jobs, device, pool, COMPILING * 60 * minutes)
-            notes.dropped.append(f"{ran} of {len(jobs)} candidates were compiled ahead")
-    new: list[dict[str, Any]] = []
-    missing = set[str]()  # precisions of which something was not reached
-    for precision, of_class, kernel, tried in plan:
-        itemsize = DTYPES[precision].itemsize
+            result["notes"].append(f"{ran} of {len(jobs)} candidates were compiled ahead")
+    complete = dict.fromkeys(precisions)  # those of which everything was reached
+    for precision, rows_to, kernel in itertools.product(precisions, CLASSES, LAUNCHERS):
         chosen = list[dict[str, Any]]()
-        with survive(f"{kernel}, {precision}", notes.wrong):
+        with survive(f"{kernel}, {precision}", result["failed"]):
             try:
                 timings = measure_kernel(
-                    kernel, precision, TUNED_TOWERS, of_class, tried, device, deadline, notes, progress
+                    kernel, precision, rows_to, tried[kernel, precision], device, deadline, result, progress
                 )
-                chosen = choose(kernel, itemsize, timings)
-            except OutOfTime:
-                up_to = f" up to {of_class.rows_to} rows" if of_class.rows_to else ""
-                notes.dropped.append(f"{kernel}{up_to}, {precision}: rows kept, {minutes:g} minutes were over")
+                chosen = choose(kernel, DTYPES[precision].itemsize, rows_to, timings)
+            except TimeoutError:
+                up_to = f" up to {rows_to} rows" if rows_to else ""
+                result["notes"].append(f"{kernel}{up_to}, {precision}: rows kept, {minutes:g} minutes were over")
         if not chosen:
-            missing.add(precision)
+            complete.pop(precision, None)
             continue
-        new += chosen
-        rows = replaced(rows, kernel, itemsize, of_class.rows_to, chosen)
+        result["rows"] += chosen
+        rows = replaced(rows, chosen)
         save(tables | {own: {"measured": measured, "rows": rows}})
-    if complete := [precision for precision in precisions if precision not in missing]:
-        measured = _facts(device, complete)
-    tables = tables | {own: {"measured": measured, "rows": rows}}
-    save(tables)
-    return {"tables": tables, "rows": new, "notes": notes.dropped, "failed": notes.wrong}
+    if complete:
+        measured = _facts(device, list(complete))
+    result["tables"] = tables | {own: {"measured": measured, "rows": rows}}
+    save(result["tables"])
+    return result
 
 
 def _tried(rows: Sequence[dict[str, Any]], kernel: str, itemsize: int) -> list[Tile]:
     """The tiles of the table and the candidates, each once."""
-    of_table = [tile_of(row) for row in rows if row["kernel"] == kernel and itemsize in row["itemsize"]]
-    return list({_key(tile): tile for tile in [*of_table, *candidates(kernel, itemsize)]}.values())
+    found = [tile_of(row) for row in rows if row["kernel"] == kernel and itemsize in row["itemsize"]]
+    found += candidates(kernel, itemsize)
+    return [tile for number, tile in enumerate(found) if tile not in found[:number]]
 
 
 def _facts(device: torch.device, precisions: Sequence[str]) -> dict[str, Any]:
@@ -355,12 +334,6 @@ def _facts(device: torch.device, precisions: Sequence[str]) -> dict[str, Any]:
     sizes = [DTYPES[precision].itemsize for precision in precisions]
     today = date.today().isoformat()
     return {"device": facts["device"], **versions, "commit": facts["commit"], "date": today, "itemsize": sizes}
-
-
-def _cases(kernel: str, towers: dict[str, ImageTower], rows: RowClass) -> Iterator[Case]:
-    for name, tower in towers.items():
-        sized = ImageTower(tower.shape, rows.tokens)
-        yield from cases(name, sized, rows.clients, rows.images, LINEARS[kernel])
 
 
 def print_tune(result: dict[str, Any], console: Console) -> None:

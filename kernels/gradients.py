@@ -138,7 +138,6 @@ def adapter_gradients(
     T: Tensor | None = None,
     dA: Tensor | None = None,
     x: LinearInput | None = None,
-    tile: Tile | None = None,
 ) -> Tensor:
     """Q [M, L] from dy [M, parts·N] and P [M, L].
 
@@ -148,7 +147,7 @@ def adapter_gradients(
         x: the linear's input; required with dA.
     """
     parts, out, rows, width = site.parts, site.out, len(dy), site.down.shape[2]
-    tile = tile or gradients_tile(dy, rows, parts * out, width)
+    tile = gradients_tile(dy, rows, parts * out, width)
     row_chunks = chunks(groups, tile["BLOCK_M"], dy.device)
     Q = dy.new_empty(rows, P.shape[1])
     x_rows, norm, stats = (None, None, None) if x is None else (x.rows, x.norm, x.stats)

@@ -15,7 +15,7 @@ from fastdlp.kernels.groups import RowGroups, chunks
 from fastdlp.kernels.launch import launch, precision, row_stride
 from fastdlp.kernels.low_rank import SiteAdapters
 from fastdlp.kernels.product import COUNTS
-from fastdlp.kernels.tiles import Tile, tile_for
+from fastdlp.kernels.tiles import tile_for
 
 ENTRIES_PER_WARP = 2048  # of whole rows in registers: 64 a thread
 
@@ -148,14 +148,14 @@ def norm_backward_kernel(
 
 
 def down_product(
-    x: Tensor, norm: Norm | None, site: SiteAdapters, groups: RowGroups, tile: Tile | None = None
+    x: Tensor, norm: Norm | None, site: SiteAdapters, groups: RowGroups
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """h, stats and P = h Aᵀ: x [M, K] → [M, K], [2, M] fp32 (mean, 1/σ) and [M, L].
 
     h = LayerNorm(x); without a norm h is x and there are no stats.
     """
     (rows, width), L = x.shape, site.down.shape[1]
-    tile = tile or tile_for("down" if norm is None else "norm_down", x.device, x.dtype.itemsize, rows, 0, width)
+    tile = tile_for("down" if norm is None else "norm_down", x.device, x.dtype.itemsize, rows, 0, width)
     row_chunks = chunks(groups.by_slot, tile["BLOCK_M"], x.device)
     P = x.new_empty(rows, L)
     h, stats, block_row = x, None, 0
@@ -189,12 +189,10 @@ def down_product(
     return h, stats, P
 
 
-def norm_backward(
-    dh: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual: Tensor | None = None, tile: Tile | None = None
-) -> Tensor:
+def norm_backward(dh: Tensor, x: Tensor, stats: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """dX of a frozen LayerNorm, plus `residual`: dh [M, K], x [M, K], stats [2, M], residual [M, K] → [M, K]."""
     rows, width = x.shape
-    tile = tile or tile_for("norm_backward", x.device, x.dtype.itemsize, rows, 0, width)
+    tile = tile_for("norm_backward", x.device, x.dtype.itemsize, rows, 0, width)
     dx = torch.empty_like(dh)
     tensors, strides = (dh, x, stats, weight, residual, dx), (x.stride(0), row_stride(residual))
     launch(

@@ -221,7 +221,6 @@ def forward_product(
     groups: RowGroups,
     residual: Tensor | None = None,
     save: bool = False,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y = φ(x Wᵀ + b + P B') + residual and, with `save`, φ's argument u (None without an activation).
 
@@ -230,7 +229,7 @@ def forward_product(
     """
     name = "product" if linear.activation == "none" else "product_activated"
     columns, width = linear.weight.shape
-    tile = tile or tile_for(name, x.device, x.dtype.itemsize, len(x), columns, width)
+    tile = tile_for(name, x.device, x.dtype.itemsize, len(x), columns, width)
     if tile.form == "torch":
         return library_forward(x, linear, P, site, groups, residual, save)
     y = x.new_empty(len(x), columns)
@@ -248,7 +247,6 @@ def backward_product(
     u: Tensor | None = None,
     activation: str = "none",
     dA: Tensor | None = None,
-    tile: Tile | None = None,
 ) -> Tensor:
     """dX = dY W + Q A: dy [M, N], weight [N, K], Q [M, L] → [M, K]; times φ'(u) where x = φ(u), u [M, K].
 
@@ -263,7 +261,7 @@ def backward_product(
     if dA is not None and (u is None or site.parts > 1):
         raise ValueError(f"backward_product: dA of {site.parts} parts; it is computed from φ(u), for one part")
     name = "product_backward" if u is None else "product_backward_activated"
-    tile = tile or tile_for(name, dy.device, dy.dtype.itemsize, len(dy), weight.shape[1], dy.shape[1])
+    tile = tile_for(name, dy.device, dy.dtype.itemsize, len(dy), weight.shape[1], dy.shape[1])
     if tile.form == "torch":
         return library_backward(dy, weight, Q, site, groups, u, activation, dA)
     dx, activation = dy.new_empty(len(dy), weight.shape[1]), "none" if u is None else activation

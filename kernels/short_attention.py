@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdlp.kernels.groups import RowGroups, row_group
 from fastdlp.kernels.launch import launch, precision, row_stride
-from fastdlp.kernels.tiles import Tile, tile_for
+from fastdlp.kernels.tiles import tile_for
 
 # Vary from batch to batch and do not affect the alignment of vector loads: not worth a recompilation each.
 COUNTS = ["tokens", "heads"]
@@ -196,7 +196,6 @@ def attention_forward(
     down: Tensor | None = None,
     nan_flag: Tensor | None = None,
     groups: RowGroups | None = None,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a packed projection and, with `down`, P = o Aᵀ of the next linear.
 
@@ -212,17 +211,16 @@ def attention_forward(
         o [M, width] and P [M, L], or None.
     """
     images, width = len(qkv) // tokens, qkv.shape[1] // 3
-    tile = tile or _tile("attention", qkv, heads, tokens)
+    shared = _constexprs("attention", qkv, heads, tokens, causal)
     o = qkv.new_empty(len(qkv), width)
     P = image_groups = None
-    L, views, heads_per_program = 0, 1, math.gcd(tile["HEADS"], heads)
+    L, views, heads_per_program = 0, 1, shared["HEADS"]
     if down is not None:
         if groups is None or groups.rows != images:
             raise ValueError(f"attention_forward: P of {images} images needs their groups, not {groups}")
         L, views, heads_per_program = down.shape[1], groups.views, heads
         P, image_groups = qkv.new_empty(len(qkv), L), row_group(groups, qkv.device)
     flags = 0 if nan_flag is None else nan_flag.shape[1]
-    shared = _constexprs(tile, qkv, heads, tokens, causal)
     tensors = (qkv, o, down, nan_flag, image_groups, P)
     launch(
         attention_kernel,
@@ -244,14 +242,11 @@ def attention_forward(
     return o, P
 
 
-def attention_backward(
-    qkv: Tensor, do: Tensor, heads: int, tokens: int, causal: bool, tile: Tile | None = None
-) -> Tensor:
+def attention_backward(qkv: Tensor, do: Tensor, heads: int, tokens: int, causal: bool) -> Tensor:
     """dqkv [M, 3 · width] of `attention_forward`'s o: qkv [M, 3 · width], do [M, width]."""
     images, width = len(qkv) // tokens, qkv.shape[1] // 3
-    tile = tile or _tile("attention_backward", qkv, heads, tokens)
     dqkv = qkv.new_empty(len(qkv), 3 * width)
-    shared = _constexprs(tile, qkv, heads, tokens, causal)
+    shared = _constexprs("attention_backward", qkv, heads, tokens, causal)
     launch(
         attention_backward_kernel,
         (images * (heads // shared["HEADS"]),),
@@ -269,21 +264,13 @@ def attention_backward(
     return dqkv
 
 
-def _tile(kernel: str, qkv: Tensor, heads: int, tokens: int) -> Tile:
-    """The table's row for M; N and K are keys and head dimension, as of the scores q kᵀ."""
-    return tile_for(kernel, qkv.device, qkv.dtype.itemsize, len(qkv), _block(tokens), qkv.shape[1] // (3 * heads))
-
-
-def _constexprs(tile: Tile, qkv: Tensor, heads: int, tokens: int, causal: bool) -> dict[str, Any]:
-    """The constexprs that both kernels have."""
-    block_t = _block(tokens)
+def _constexprs(kernel: str, qkv: Tensor, heads: int, tokens: int, causal: bool) -> dict[str, Any]:
+    """The constexprs that both kernels have; N and K of their tile are those of the scores q kᵀ."""
+    block_t, head_dim = max(16, triton.next_power_of_2(tokens)), qkv.shape[1] // (3 * heads)
+    tile = tile_for(kernel, qkv.device, qkv.dtype.itemsize, len(qkv), block_t, head_dim)
     sizes = {"BLOCK_T": block_t, "BLOCK_Q": min(tile["BLOCK_Q"], block_t), "HEADS": math.gcd(tile["HEADS"], heads)}
-    flags = {"HEAD_DIM": qkv.shape[1] // (3 * heads), "CAUSAL": causal, "PRECISION": precision(qkv)}
+    flags = {"HEAD_DIM": head_dim, "CAUSAL": causal, "PRECISION": precision(qkv)}
     return tile.launch | sizes | flags
-
-
-def _block(tokens: int) -> int:
-    return max(16, triton.next_power_of_2(tokens))
 
 
 def _scale(head_dim: int) -> float:

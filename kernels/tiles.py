@@ -64,6 +64,22 @@ def assume(architecture: str) -> Iterator[None]:
         _assumed = before
 
 
+Shape = tuple[int, int, int]  # rows, out, width as `tile_for` takes them
+_forced: tuple[str, Tile | None, list[Shape]] | None = None
+
+
+@contextmanager
+def forced(kernel: str, tile: Tile | None) -> Iterator[list[Shape]]:
+    """Use one tile for all shapes of a kernel, None: the table's; lists the shapes that are looked up inside."""
+    global _forced
+    shapes: list[Shape] = []
+    before, _forced = _forced, (kernel, tile, shapes)
+    try:
+        yield shapes
+    finally:
+        _forced = before
+
+
 def architecture(device: torch.device) -> str:
     """The table's key for a device: "80", "90", or the interpreter's for a CPU."""
     if _assumed is not None:
@@ -103,6 +119,11 @@ def tile_for(kernel: str, device: torch.device, itemsize: int, rows: int = 0, ou
     Raises:
         KeyError: the table has no row for it.
     """
+    if _forced is not None and _forced[0] == kernel:
+        _, tile, shapes = _forced
+        shapes.append((rows, out, width))
+        if tile is not None:
+            return tile
     return _lookup(architecture(device), kernel, itemsize, rows, out, width)
 
 

@@ -8,9 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ DESCRIPTORS_BY_ARCHITECTURE = """
 from fastdlp.bench.compile import list_jobs
 
 jobs, _ = list_jobs(["80", "90"], small=True)
-print(sorted({job.arch for job in jobs if dict(job.constants).get("DESCRIPTORS")}))
+print(sorted({job.arch for job in jobs if job.constexprs.get("DESCRIPTORS")}))
 """
 
 
@@ -112,7 +113,9 @@ from fastdlp.bench.compile import compile_job, faults, list_jobs
 
 job = next(job for job in list_jobs(["80"], small=True)[0] if job.kernel.startswith("product") and job.dtype == "bf16")
 sizes = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64}
-job = replace(job, constants=tuple((dict(job.constants) | sizes).items()), warps=4, stages=5)
+record = job.record | {"constant_vals": list((job.by_name("constant") | sizes).values())}
+record["options"] |= {"num_warps": 4, "num_stages": 5}
+job = replace(job, specialization=json.dumps(record))
 figures = compile_job(job)
 print(json.dumps([figures, faults(job, figures)]))
 """
@@ -125,7 +128,7 @@ def test_ptxas_is_heard_also_of_what_is_cached(tmp_path: Path) -> None:
     done = compiling(tmp_path / "descriptors.py")
     assert done.returncode == 0, done.stderr
     signature, *results = json.loads(done.stdout)
-    assert dict(signature)["a"] == "tensordesc<bf16[128, 64]>"
+    assert signature["a"].startswith("tensordesc<bf16[128,")
     figures, faults, _ = results[0]
     for *others, log in results:
         assert others == [figures, faults]
@@ -146,7 +149,8 @@ os.environ["TRITON_CACHE_DIR"] = str(cache)  # before Triton is imported
 import torch, triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from fastdlp.bench.compile import compile_job, faults, specialized
+from fastdlp.bench import compile
+from fastdlp.bench.compile import compile_job, faults
 from fastdlp.kernels.launch import Launch
 
 
@@ -161,7 +165,10 @@ def product_kernel(a, b, out_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
 a, b = (TensorDescriptor.from_tensor(x, [rows, 64]) for rows in (128, 256))
 options = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-job = specialized(Launch(product_kernel, (1,), (a, b, torch.empty(128, 256, device="meta"), 256), options), "90")
+compile.launches_of = lambda small: [
+    ("case", Launch(product_kernel, (1,), (a, b, torch.empty(128, 256, device="meta"), 256), options))
+]
+[job] = compile.list_jobs(["90"], True)[0]
 results = []
 for keep in (True, False, True):
     figures = compile_job(job)
@@ -169,13 +176,33 @@ for keep in (True, False, True):
     results.append((figures, faults(job, figures), log.read_text()))
     if not keep:
         log.unlink()
-print(json.dumps([job.signature, *results]))
+print(json.dumps([job.record["signature"], *results]))
 """
 
 
-JOB = compile.Job("somewhere", "product_kernel", "90", (("x_ptr", "*bf16"),), (("BLOCK_M", 64),), (), 4, 3)
+def job(
+    arch: str = "90",
+    kernel: str = "product_kernel",
+    signature: Mapping[str, str] = MappingProxyType({"x_ptr": "*bf16"}),
+    constants: Mapping[str, Any] = MappingProxyType({"BLOCK_M": 64}),
+    aligned: Sequence[str] = (),
+) -> compile.Job:
+    """As the JIT would record it, with four warps and three stages."""
+    names = list(signature | dict.fromkeys(constants, "constexpr"))
+    record = {
+        "name": f"somewhere.{kernel}",
+        "signature": signature | dict.fromkeys(constants, "constexpr"),
+        "constant_keys": [[names.index(name)] for name in constants],
+        "constant_vals": list(constants.values()),
+        "attrs_keys": [[names.index(name)] for name in aligned],
+        "attrs_vals": [[["tt.divisibility", 16]] for _ in aligned],
+        "options": {"num_warps": 4, "num_stages": 3},
+    }
+    return compile.Job(arch, json.dumps(record))
+
+
 MMA = "mma.sync.m16n8k16.bf16"
-ALIGNED_K = {"signature": (("x_ptr", "*bf16"), ("K", "i32")), "aligned": (0, 1)}
+ALIGNED_K = {"signature": {"x_ptr": "*bf16", "K": "i32"}, "aligned": ["x_ptr", "K"]}
 
 
 def fine(**changes: Any) -> dict[str, Any]:
@@ -186,15 +213,15 @@ def fine(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("job", "changes", "told"),
+    ("of", "changes", "told"),
     [
         ({}, {}, None),
         ({"arch": "80"}, {"shared": 163 * 1024, "mma": MMA, "hgmma": 0, "hmma": 8, "waits": 0}, None),
-        ({"signature": (("x_ptr", "*fp32"),)}, {"mma": "-", "hgmma": 0, "waits": 0}, None),
+        ({"signature": {"x_ptr": "*fp32"}}, {"mma": "-", "hgmma": 0, "waits": 0}, None),
         ({"kernel": "down_kernel"}, {"mma": "-"}, None),
-        ({"constants": (("BLOCK_M", 32),)}, {"mma": MMA, "hgmma": 0, "waits": 0}, None),
-        ({"signature": (("x_ptr", "*fp16"),)}, {"mma": "wgmma.m64n128k16.f16"}, None),
-        ({"signature": (("x", "tensordesc<fp16[64, 64]>"),)}, {"mma": "wgmma.m64n128k16.f16"}, None),
+        ({"constants": {"BLOCK_M": 32}}, {"mma": MMA, "hgmma": 0, "waits": 0}, None),
+        ({"signature": {"x_ptr": "*fp16"}}, {"mma": "wgmma.m64n128k16.f16"}, None),
+        ({"signature": {"x": "tensordesc<fp16[64, 64]>"}}, {"mma": "wgmma.m64n128k16.f16"}, None),
         ({}, {"mma": f"{MMA}, wgmma.m64n128k16.bf16"}, None),  # of a product with few rows, behind the main loop
         ({}, {"mma": f"{MMA}, wgmma.m64n128k16.bf16", "hgmma": 0, "hmma": 8}, "expected wgmma of bf16"),
         ({"kernel": "down_kernel"}, {"waits": 4, "drains": 4}, None),
@@ -203,13 +230,13 @@ def fine(**changes: Any) -> dict[str, Any]:
         ({}, {"hgmma": 1}, None),
         ({}, {"hgmma": 1, "drains": 1}, "1 waits for 1 HGMMA"),
         ({}, {"waits": 4}, "4 waits for 4 HGMMA in the main loop"),
-        ({"constants": (("BLOCK_M", 32),)}, {"waits": 4}, "4 waits for 4 HGMMA in the main loop"),
+        ({"constants": {"BLOCK_M": 32}}, {"waits": 4}, "4 waits for 4 HGMMA in the main loop"),
         ({"kernel": "down_kernel"}, {"warnings": ["C7510: serialized"]}, "ptxas C7510: serialized"),
         ({}, {"stack": 8, "spill_stores": 4}, "8 bytes of stack, 4 stored, 0 loaded"),
         ({}, {"spill_loads": 16}, "0 stored, 16 loaded"),
         (ALIGNED_K, {"async_loads": 0}, "no asynchronous loads"),
-        (ALIGNED_K | {"aligned": (0,)}, {"async_loads": 0}, None),
-        (ALIGNED_K | {"constants": (("BLOCK_M", 32),)}, {"async_loads": 0}, None),
+        (ALIGNED_K | {"aligned": ["x_ptr"]}, {"async_loads": 0}, None),
+        (ALIGNED_K | {"constants": {"BLOCK_M": 32}}, {"async_loads": 0}, None),
         ({}, {"shared": 227 * 1024 + 1}, "232449 bytes of shared memory, 232448 are allowed"),
         ({"arch": "80"}, {"mma": MMA, "hgmma": 0, "hmma": 8}, "232448 bytes of shared memory, 166912 are allowed"),
         ({}, {"mma": MMA}, "expected wgmma of bf16"),
@@ -217,8 +244,8 @@ def fine(**changes: Any) -> dict[str, Any]:
         ({}, {"mma": "wgmma.m64n128k16.bf16, wgmma.m64n128k8.tf32"}, "expected wgmma of bf16"),
     ],
 )
-def test_what_makes_a_kernel_fail(job: dict[str, Any], changes: dict[str, Any], told: str | None) -> None:
-    faults = compile.faults(replace(JOB, **job), fine(**changes))
+def test_what_makes_a_kernel_fail(of: dict[str, Any], changes: dict[str, Any], told: str | None) -> None:
+    faults = compile.faults(job(**of), fine(**changes))
     assert len(faults) == (told is not None)
     assert told is None or told in faults[0]
 
@@ -262,27 +289,56 @@ def test_the_cases_hold_what_an_engine_launches(tmp_path: Path) -> None:
             assert launched <= listed
 
 
-def test_specialized_as_the_jit_does() -> None:
-    names = ["x_ptr", "c_ptr", "bias_ptr", "one", "even", "odd", "long", "zero", "eps", "count", "FLAG", "BLOCK"]
-    kernel = SimpleNamespace(
-        arg_names=names,
-        params=[SimpleNamespace(name=name, do_not_specialize=name == "count") for name in names],
-        fn=SimpleNamespace(__module__="somewhere", __name__="some_kernel"),
+def test_what_a_job_says_of_its_kernel() -> None:
+    kernel = job(
+        signature={"x_ptr": "*bf16", "c_ptr": "*fp32", "one": "constexpr", "K": "i32", "FLAG": "constexpr"},
+        constants={"one": 1, "FLAG": True, "OFF": False, "BLOCK_M": 64},
+        aligned=["x_ptr", "K"],
     )
-    x = torch.empty(3, 4, dtype=torch.bfloat16)
-    c = torch.empty(12)[3:]  # 12 bytes into its storage
-    operands = (x, c, None, 1, 32, 7, 1 << 31, 0, 1e-5)
-    options = {"FLAG": True, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
-    job, other = (compile.specialized(Launch(kernel, (1,), (*operands, n), options), "90") for n in (1, 16))
-    assert job == other
+    assert (kernel.arch, kernel.kernel, kernel.dtype) == ("90", "product_kernel", "bf16")
+    assert kernel.by_name("constant") == {"one": 1, "FLAG": True, "OFF": False, "BLOCK_M": 64}
+    assert kernel.constexprs == {"FLAG": True, "OFF": False, "BLOCK_M": 64}
+    assert kernel.by_name("attrs").keys() == {"x_ptr", "K"}
+    assert str(kernel) == "FLAG=True BLOCK_M=64, 4 warps, 3 stages"
+    assert job(signature={"x_ptr": "*fp32"}, constants={"PRECISION": "tf32"}).dtype == "tf32"
+
+
+@pytest.mark.slow
+def test_jobs_are_what_the_jit_specializes(tmp_path: Path) -> None:
+    """An address 12 bytes into its storage and an odd number are not marked, and a count does not matter."""
+    (tmp_path / "specialized.py").write_text(SPECIALIZED)
+    done = compiling(tmp_path / "specialized.py")
+    assert done.returncode == 0, done.stderr
+    kinds, constants, attributes, number = json.loads(done.stdout)
     constant = "constexpr"
-    kinds = ["*bf16", "*fp32", constant, constant, "i32", "i32", "i64", "i32", "fp32", "i32", constant, constant]
-    assert job.signature == tuple(zip(names, kinds, strict=True))
-    assert [names[position] for position in job.aligned] == ["x_ptr", "even", "long", "zero"]
-    assert dict(job.constants) == {"bias_ptr": None, "one": 1, "FLAG": True, "BLOCK": 64}
-    assert job.constexprs == {"FLAG": True, "BLOCK": 64}
-    assert (job.arch, job.warps, job.stages, job.dtype) == ("90", 8, 3, "bf16")
-    assert str(job) == "FLAG=True BLOCK=64, 8 warps, 3 stages"
+    assert kinds == ["*bf16", "*fp32", constant, constant, "i32", "i32", "i64", "i32", "fp32", "i32", constant]
+    assert constants == {"bias_ptr": None, "one": 1, "BLOCK": 64}
+    assert [name for name, marks in attributes.items() if marks] == ["x_ptr", "even", "long", "zero"]
+    assert number == 1
+
+
+SPECIALIZED = """
+import json
+
+import torch, triton
+import triton.language as tl
+from fastdlp.bench import compile
+from fastdlp.kernels.launch import Launch
+
+
+@triton.jit(do_not_specialize=["count"])
+def some_kernel(x_ptr, c_ptr, bias_ptr, one, even, odd, long, zero, eps, count, BLOCK: tl.constexpr):
+    pass
+
+
+x, c = torch.empty(3, 4, dtype=torch.bfloat16, device="meta"), torch.empty(12, device="meta")[3:]
+operands, options = (x, c, None, 1, 32, 7, 1 << 31, 0, 1e-5), {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
+launches = [Launch(some_kernel, (1,), (*operands, count), options) for count in (1, 16)]
+compile.launches_of = lambda small: [("case", launch) for launch in launches]
+jobs, _ = compile.list_jobs(["90"], True)
+job = next(iter(jobs))
+print(json.dumps([list(job.record["signature"].values()), job.by_name("constant"), job.by_name("attrs"), len(jobs)]))
+"""
 
 
 def test_reading_assembly() -> None:
@@ -364,22 +420,39 @@ def test_hgmma_of_the_epilogue_do_not_hide_a_serialized_main_loop() -> None:
     epilogue = "".join(f"/*00{n}*/ HGMMA.64x16x16.F32.BF16 R24, gdesc[UR12], R24 ;\n" for n in ("e4", "e8", "ec"))
     serialized = serialized.replace("/*00f0*/", f"{epilogue}/*00f0*/")
     assert counted(serialized) == {"hgmma": 2, "waits": 2, "drains": 1, "async_loads": 2, "all": 10}
-    assert compile.faults(JOB, fine(**counted(serialized)))
+    assert compile.faults(job(), fine(**counted(serialized)))
     assert len(re.findall(compile.COUNTED["waits"], serialized)) < len(re.findall(r"\bHGMMA\b", serialized))
 
 
 def row(**changes: Any) -> dict[str, Any]:
     """A row of a result without faults, but for `changes`."""
     named = {"kernel": "product_kernel", "arch": "90", "dtype": "bf16"}
-    return named | fine(compiled=1, faults=[]) | changes
+    return named | fine(compiled=1) | changes
 
 
-def test_rows_of_one_kernel_are_merged() -> None:
-    serial = row(registers=80, shared=64, faults=["b"], hgmma=2, waits=2)
-    same, other = compile.merged([row(registers=90, shared=8, faults=["a"]), serial, row(dtype="fp16", mma="-")])
-    assert (same["registers"], same["shared"], same["faults"], same["compiled"]) == (90, 64, ["a", "b"], 2)
-    assert (same["hgmma"], same["waits"]) == (2, 2)
-    assert (other["dtype"], other["mma"]) == ("fp16", "-")
+def test_a_row_has_the_worst_of_its_kernels() -> None:
+    found = compile.worst([fine(registers=90, shared=8), fine(registers=80, shared=64, hgmma=2, waits=2, mma=MMA)])
+    assert (found["registers"], found["shared"], found["compiled"]) == (90, 64, 2)
+    assert (found["hgmma"], found["waits"]) == (2, 2)
+    assert found["mma"] == f"{MMA}, wgmma.m64n128k16.bf16"
+    assert compile.worst([fine(mma="-")])["mma"] == "-"
+
+
+def test_rows_are_by_kernel_and_faults_by_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, large, half = job(), job(constants={"BLOCK_M": 128}), job(signature={"x_ptr": "*fp16"})
+    jobs = {fits: "a case", large: "another", half: "a third"}
+    figures = {fits: fine(), large: fine(stack=8), half: fine(mma="wgmma.m64n128k16.f16")}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(compile, "list_jobs", lambda *_: (jobs, [("80", "{}")]))
+    monkeypatch.setattr(compile, "ProcessPoolExecutor", lambda cores, context: ThreadPoolExecutor(cores))
+    monkeypatch.setattr(compile, "compile_job", figures.__getitem__)
+    result = compile.bench_compile(["90"], True, lambda text: None)
+    assert [(row["dtype"], row["compiled"], row["stack"]) for row in result["rows"]] == [("bf16", 2, 8), ("fp16", 1, 0)]
+    assert result["failed"] == [
+        "sm_80: no launch uses this row of tiles.json: {}",
+        "sm_90 product_kernel bf16, another (BLOCK_M=128, 4 warps, 3 stages): registers do not suffice: 8 bytes of "
+        "stack, 0 stored, 0 loaded",
+    ]
 
 
 def test_the_command_fails_with_a_line_for_every_fault(

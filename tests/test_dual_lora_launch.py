@@ -17,7 +17,7 @@ from fastdlp.kernels.low_rank import PartialSums, SiteAdapters, padded
 from fastdlp.kernels.norm import down_product, norm_backward
 from fastdlp.kernels.normalize import normalize
 from fastdlp.kernels.product import backward_product, forward_product
-from fastdlp.kernels.tiles import Tile
+from fastdlp.kernels.tiles import Tile, forced
 from tests.awkward import DTYPES, GROUPS, PHI, Draw, assert_close, exact, kernel_cases
 from tests.pairs import cases
 
@@ -139,7 +139,8 @@ def test_down_product(
 ) -> None:
     groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, site = draw(groups.rows, width), site_of(draw, groups, *ranks, width, 8)
-    h, stats, P = down_product(laid(strided, x), None, site, groups, t)
+    with forced("down", t):
+        h, stats, P = down_product(laid(strided, x), None, site, groups)
     assert torch.equal(h, x)
     assert stats is None
     check(precision, P=(P, _down(exact(x), site, groups)))
@@ -187,7 +188,8 @@ def test_down_product_with_norm(
     groups, draw = GROUPS[name], Draw(device, DTYPES[precision])
     x, weight, bias = draw(groups.rows, width, scale=scale) + scale, draw(width), draw(width)
     site = site_of(draw, groups, *ranks, width, 8)
-    h, stats, P = down_product(laid(strided, x), Norm(weight, bias, eps), site, groups, t)
+    with forced("norm_down", t):
+        h, stats, P = down_product(laid(strided, x), Norm(weight, bias, eps), site, groups)
     assert stats is not None
     mean, rstd, expected = _normed(exact(x), exact(weight), exact(bias), eps)
     check("fp32", mean=(stats[0], mean), rstd=(stats[1], rstd))
@@ -244,7 +246,8 @@ def test_norm_backward(
     mean, rstd, _ = _normed(exact(x), exact(weight), exact(weight), 1e-2)
     stats = torch.stack([mean, rstd]).to(device, torch.float32)
     x_, beside_ = laid(strided, x, beside)
-    dx = norm_backward(dh, x_, stats, weight, beside_, t)
+    with forced("norm_backward", t):
+        dx = norm_backward(dh, x_, stats, weight, beside_)
     expected = _norm_gradient(exact(dh), exact(x), exact(weight), 1e-2)
     check(precision, dx=(dx, expected if beside is None else expected + exact(beside)))
 
@@ -285,7 +288,9 @@ def test_forward_product(
     site = site_of(draw, groups, parts, rank, width, out)
     P, RP = low_of(draw, groups, site), site.padded_rank
     x_, weight_, residual_ = laid(strided, x, weight, residual)
-    y, kept = forward_product(x_, FrozenLinear(weight_, bias, None, activation), P, site, groups, residual_, keep, t)
+    linear = FrozenLinear(weight_, bias, None, activation)
+    with forced("product" if activation == "none" else "product_activated", t):
+        y, kept = forward_product(x_, linear, P, site, groups, residual_, keep)
 
     u = exact(x) @ exact(weight).T + (0 if bias is None else exact(bias))
     for number, (_, _, start, end) in enumerate(groups.groups()):
@@ -327,7 +332,8 @@ def test_backward_product(
         tile_rows = max(groups.rows, 1) if t == Tile(form="torch") else (t or tile(M=32))["BLOCK_M"]
         sums = PartialSums((0, 1), groups, block=1, tile=tile_rows)
         dA = torch.full((sums.counts[1], 1, site.rank, width), float("nan"), device=device)
-    dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, dA, t)
+    with forced("product_backward" if u is None else "product_backward_activated", t):
+        dx = backward_product(*laid(strided, dy, weight), Q, site, groups, u, activation, dA)
     expected = exact(dy) @ exact(weight)
     for slot, _, start, end in groups.groups():
         expected[start:end] += exact(Q)[start:end] @ exact(site.down)[slot]
@@ -378,7 +384,8 @@ def test_adapter_gradients(
         given = LinearInput(laid(strided, rows))
     block = (t or tile(M=32))["BLOCK_M"]
     partials = folded.partial_sums(folded.reserve((0, parts), groups, block))
-    Q = adapter_gradients(laid(strided, dy), P, site, groups, *partials, given, t)
+    with forced("adapter_gradients", t):
+        Q = adapter_gradients(laid(strided, dy), P, site, groups, *partials, given)
     dA, dB, dc = (torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in (A, B, c))
     sum_partials(branch_tensors(A, B, c), folded, dA, dB, dc.flatten(2))
 
@@ -430,9 +437,11 @@ def test_activations_far_out(activation: str, device: torch.device) -> None:
     site = SiteAdapters(*(t.to(device) for t in (site.down, site.up, site.nan_flag)), 1, 1)
     x, low, small = torch.zeros(1, 1, device=device), torch.zeros(1, 16, device=device), PRODUCT_TILES[1]
     linear = FrozenLinear(torch.zeros(n, 1, device=device), u, None, activation)
-    y, _ = forward_product(x, linear, low, site, groups, None, True, small)
     one, ones = torch.ones(1, 1, device=device), torch.ones(1, n, device=device)
-    slope = backward_product(one, ones, low, site, groups, u[None], activation, tile=small)
+    with forced("product_activated", small):
+        y, _ = forward_product(x, linear, low, site, groups, None, True)
+    with forced("product_backward_activated", small):
+        slope = backward_product(one, ones, low, site, groups, u[None], activation)
     v = exact(u)
     for ours, value in ((y, PHI[activation](v)), (slope, _slope(activation, v))):
         assert ((exact(ours)[0] - value).abs() <= 1e-6 * v.abs().clamp(min=1)).all()
@@ -456,6 +465,7 @@ def test_same_bits_whatever_the_neighbours(groups: RowGroups, t: Tile | None, de
         _, _, start, end = list(groups.groups())[1]
         x[start:end], P[start:end] = own(end - start, 64), own(end - start, 16)
         site.up[1] = own(16, 96)
-        y, _ = forward_product(x, FrozenLinear(weight), P, site, groups, tile=t)
+        with forced("product", t):
+            y, _ = forward_product(x, FrozenLinear(weight), P, site, groups)
         outputs.append(y[start:end])
     assert torch.equal(*outputs)

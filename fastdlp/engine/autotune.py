@@ -110,10 +110,9 @@ def _measure(unit: Unit, tolerance: float, meter: Meter) -> tuple[Choice, bool]:
         run = unit.make()
         expected = run(backend)
         backend = "triton"
-        with _nan_filled():
+        with nan_filled():
             actual = run(backend)
-        errors = [_relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
-        error = max(errors, key=lambda x: (math.isnan(x), x))
+        error = largest_error(actual, expected)
         if not error <= tolerance:
             return Choice(unit.name, unit.rows, "torch", f"Triton's result is off by {error:.1g}"), True
         del actual, expected
@@ -139,6 +138,12 @@ def _device_error() -> Iterator[None]:
         raise FastdlpError(f"a Triton kernel has stopped the GPU ({reason}): use --backend torch") from error
 
 
+def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest `_relative_error` of a tensor; NaN if one is."""
+    errors = [_relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual − expected| / max |expected|."""
     if not expected.numel():
@@ -148,7 +153,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _nan_filled() -> Iterator[None]:
+def nan_filled() -> Iterator[None]:
     """Fill newly allocated memory with NaN, so that elements a kernel does not write are detected."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic

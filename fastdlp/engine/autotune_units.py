@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdlp.adapters.bank import AdapterBank, BranchState, View
-from fastdlp.adapters.branches import TowerShape, tower_sites
+from fastdlp.adapters.branches import AnyBranch, TowerShape, tower_sites
 from fastdlp.adapters.optimizer import Hyperparameters, update
 from fastdlp.clip.tower import Tower
 from fastdlp.engine.autotune import Run, Unit, cuda_identity, cuda_meter, select, tolerance_of
@@ -117,16 +117,21 @@ def tower_units(tower: Tower, method: Method, tokens: int, load: Load) -> list[U
 def _tower_run(
     name: str, tower: Tower, shape: TowerShape, tokens: int, same_rows: Sequence[Pass], method: Method
 ) -> Run:
-    runs = [_pass_run(name, tower, shape, tokens, one, method) for one in same_rows]
+    runs = [pass_run((name,), tower, shape, tokens, one, method.branches()) for one in same_rows]
     return lambda backend: [tensor for run in runs for tensor in run(backend)]
 
 
-def _pass_run(name: str, tower: Tower, shape: TowerShape, tokens: int, one: Pass, method: Method) -> Run:
-    """One pass over random rows, with adapters of the magnitude of the frozen weights, so that their errors show."""
+def pass_run(
+    units: Sequence[str], tower: Tower, shape: TowerShape, tokens: int, one: Pass, branches: Sequence[AnyBranch]
+) -> Run:
+    """One pass over random rows, with adapters of the magnitude of the frozen weights, so that their errors show.
+
+    The run's backend is that of `units`; the others use torch.
+    """
     weight = tower.proj.weight
     device, generator = weight.device, torch.Generator(weight.device).manual_seed(0)
     sites = tower_sites(replace(shape, layers=len(tower.blocks)))
-    bank = _random_bank(AdapterBank(sites, method.branches(), one.clients, device), generator)
+    bank = _random_bank(AdapterBank(sites, branches, one.clients, device), generator)
     x = torch.randn(one.all_rows, tokens, shape.width, generator=generator, dtype=weight.dtype, device=device)
     x.requires_grad_(one.grad)
     dy = torch.randn(one.all_rows, shape.embed, generator=generator, device=device)
@@ -136,7 +141,7 @@ def _pass_run(name: str, tower: Tower, shape: TowerShape, tokens: int, one: Pass
     def run(backend: str) -> list[Tensor]:
         with torch.set_grad_enabled(one.grad):
             adapters = bank.adapters(slots, one.views, one.grad)
-            chosen = replace(tower, backend=Selection((Choice(name, 1, backend),)))
+            chosen = replace(tower, backend=Selection(tuple(Choice(unit, 1, backend) for unit in units)))
             y = chosen.features(x, groups, adapters, index, normalize=True)
         if not one.grad:
             return [y]
