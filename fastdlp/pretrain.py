@@ -92,9 +92,9 @@ def render_atlas(fonts: list[str] = FONTS, strokes: tuple[int, ...] = (0, 1, 2))
 
     def draw(character: str, face: Any, stroke: int) -> np.ndarray:
         canvas = Image.new("L", (CANVAS, CANVAS))
-        centre = (CANVAS / 2, CANVAS / 2)
+        center = (CANVAS / 2, CANVAS / 2)
         pen = ImageDraw.Draw(canvas)
-        left, top, right, bottom = pen.textbbox(centre, character, font=face, anchor="mm", stroke_width=stroke)
+        left, top, right, bottom = pen.textbbox(center, character, font=face, anchor="mm", stroke_width=stroke)
         at = (CANVAS - (left + right) / 2, CANVAS - (top + bottom) / 2)  # centered
         pen.text(at, character, fill=255, font=face, anchor="mm", stroke_width=stroke)
         return np.asarray(canvas)
@@ -134,7 +134,7 @@ def handwrite(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     # Fit the bounding box to the bitmap: full height, or full width for glyphs that are wider than high.
     ticks = (torch.arange(BITMAP) + 0.5) * 2 / BITMAP - 1
 
-    def extent(profile: Tensor) -> tuple[Tensor, Tensor]:  # [n, 32] -> centre, half size, in [-1, 1]
+    def extent(profile: Tensor) -> tuple[Tensor, Tensor]:  # [n, 32] -> center, half size, in [-1, 1]
         inked = profile > 0.25
         low = torch.where(inked, ticks, 1.0).amin(-1)
         high = torch.where(inked, ticks, -1.0).amax(-1)
@@ -174,7 +174,7 @@ def make_glyphs(atlas: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
 def preprocess(scans: Tensor, transform: Transform) -> Tensor:
     """The model's transform for a batch: [n, 8, 8] uint8 -> [n, 3, 32, 32] float32.
 
-    For uint8 and with `antialias`, torch's bicubic resize is PIL's, to within one grey level.
+    For uint8 and with `antialias`, torch's bicubic resize is PIL's, to within one gray level.
     """
     big = F.interpolate(scans[:, None], size=(transform.size, transform.size), mode="bicubic", antialias=True)
     return transform.normalize(big.expand(-1, 3, -1, -1))

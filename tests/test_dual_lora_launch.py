@@ -102,7 +102,7 @@ def test_fold(
 ) -> None:
     (width, out), (parts, rank) = shape, ranks
     draw, RP = Draw(device, torch.float32), padded(rank)
-    # Slices along slots and parts, and scales whose rows are not neighbours.
+    # Slices along slots and parts, and scales whose rows are not neighbors.
     A = draw(4, parts + 1, rank, width)[1:, 1:]
     B = draw(4, parts + 2, out, rank)[1:, 1:-1]
     c = draw(3, views, parts, 2 * rank)[..., ::2]
@@ -455,7 +455,7 @@ def _slope(activation: str, u: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("t", [PRODUCT_TILES[0], PRODUCT_TILES[3]], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("groups", [RowGroups((50,) * 5), RowGroups((1, 200, 49), views=1)], ids=str)
-def test_same_bits_whatever_the_neighbours(groups: RowGroups, t: Tile | None, device: torch.device) -> None:
+def test_same_bits_whatever_the_neighbors(groups: RowGroups, t: Tile | None, device: torch.device) -> None:
     """The rows of a slot come out the same when every other slot holds other numbers."""
     outputs = []
     for seed in (1, 2):

@@ -73,8 +73,8 @@ def test_preprocess_is_the_resize_of_pil(atlas: torch.Tensor) -> None:
     transform = load_clip("glyph-clip").transform
     for scan, mine in zip(scans, pretrain.preprocess(scans, transform)):
         image = Image.fromarray(scan.numpy()).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
-        grey = mine.permute(1, 2, 0).numpy() * np.array(transform.std) + np.array(transform.mean)
-        assert np.abs(grey * 255 - np.asarray(image)).max() < 1.01
+        gray = mine.permute(1, 2, 0).numpy() * np.array(transform.std) + np.array(transform.mean)
+        assert np.abs(gray * 255 - np.asarray(image)).max() < 1.01
 
 
 def test_captions_name_the_class_and_fit_the_context() -> None:

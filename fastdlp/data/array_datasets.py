@@ -41,7 +41,7 @@ def fashionmnist(root: Path) -> ArraySource:
 
 
 def fer2013(root: Path) -> ArraySource:
-    """fer2013.csv or icml_face_data.csv, which hold the same: emotion, usage and 48x48 grey pixels a line.
+    """fer2013.csv or icml_face_data.csv, which hold the same: emotion, usage and 48x48 gray pixels a line.
 
     torchvision reads them too, but converts each of the 83 million pixels to a Python number.
     """

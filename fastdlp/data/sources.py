@@ -65,7 +65,7 @@ class ImageSource(Samples):
 
 @dataclass(frozen=True, eq=False)
 class ArraySource(ImageSource):
-    """Samples that lie in one array: uint8 [n, height, width] (grey) or [n, height, width, 3] (RGB)."""
+    """Samples that lie in one array: uint8 [n, height, width] (gray) or [n, height, width, 3] (RGB)."""
 
     images: np.ndarray
 
@@ -115,7 +115,7 @@ def prompt_name(name: str) -> str:
 
 
 def digits() -> ArraySource:
-    """scikit-learn's 1,797 grey 8x8 digits, which are part of the library."""
+    """scikit-learn's 1,797 gray 8x8 digits, which are part of the library."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -185,7 +185,7 @@ def _readable() -> tuple[frozenset[str], list[str]]:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (0..65535) to mode L; Pillow's own conversion clips at 255."""
+    """Scale 16-bit gray (0..65535) to mode L; Pillow's own conversion clips at 255."""
     if image.mode == "F":
         raise ValueError("a floating-point image has no fixed white: save it with 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):

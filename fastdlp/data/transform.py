@@ -28,7 +28,7 @@ class Transform:
 
     Attributes:
         size: side S of the model's input, in pixels.
-        resize_mode: "shortest" scales the shorter side to S and crops the centre; "squash" scales both to S.
+        resize_mode: "shortest" scales the shorter side to S and crops the center; "squash" scales both to S.
         interpolation: "bicubic" or "bilinear".
         mean, std: per channel, for values in 0..1.
     """

@@ -17,7 +17,7 @@ from fastdlp.engine.device import pick_device
 from fastdlp.errors import FastdlpError
 from fastdlp.export.api import load_adapter
 from fastdlp.export.trained import finished_run, load_trained
-from fastdlp.methods.single import FLoRA
+from fastdlp.methods.flora import FLoRA
 from fastdlp.run.folder import PARTITION, RunFolder
 from fastdlp.run.metrics import accuracy_metrics, per_client_metrics
 from fastdlp.run.recorder import zero_shot_accuracy

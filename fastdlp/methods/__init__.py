@@ -8,7 +8,8 @@ from fastdlp.methods.base import Method
 from fastdlp.methods.combined import Combined
 from fastdlp.methods.feddat import FedDAT
 from fastdlp.methods.feddlp import FedDLP
-from fastdlp.methods.single import FedAA, FedCLIP, FedFFT, FedLC, FedVMLC, FLoRA, Local, LocalSoRA
+from fastdlp.methods.flora import FedAA, FedCLIP, FedFFT, FedLC, FedVMLC, FLoRA
+from fastdlp.methods.local import Local, LocalSoRA
 
 _ALL: tuple[type[Method], ...] = (
     FedDLP,
