@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from fastdlp.clip.stem import map_tensors
 from fastdlp.engine.autotune import Run
 from fastdlp.engine.autotune_units import Pass, pass_run
 from fastdlp.engine.device import DTYPES, pick_device
-from fastdlp.kernels.tiles import Shape, Tile, architecture, forced, table, tile_for, tile_of
+from fastdlp.kernels.tiles import INTERPRETER, Shape, Tile, architecture, assume, forced, table, tile_for, tile_of
 
 PRECISIONS = {torch.finfo(dtype).bits // 8: name for name, dtype in DTYPES.items()}
 # The launcher of each kernel that takes a tile, by its name in `half_blocks`; those that take most of a step first.
@@ -89,7 +89,8 @@ def tiled(
 ) -> Iterator[tuple[list[Tensor], dict[Shape, list[Callable[[], Any]]]]]:
     """What `run` returns with a kernel in this tile (None: the table's), and the calls of the kernel's launcher in it.
 
-    The calls are by (rows, N, K) as looked up in the table, and inside they can be repeated in the same tile.
+    The calls are by (rows, N, K) as looked up in the table, and inside they can be repeated in the same tile. Beside a
+    given tile the other kernels run in the interpreter's, which fit every GPU, so that an error is the tile's.
     """
     from fastdlp.kernels import half_blocks
 
@@ -104,7 +105,8 @@ def tiled(
                 calls.setdefault(shapes[-1], []).append(partial(launcher, *operands))
             return result
 
-        with mock.patch.object(half_blocks, LAUNCHERS[kernel], recorded):
+        others = nullcontext() if tile is None else assume(INTERPRETER)
+        with mock.patch.object(half_blocks, LAUNCHERS[kernel], recorded), others:
             outputs = run()
         with torch.no_grad():
             yield outputs, calls

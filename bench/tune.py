@@ -37,7 +37,8 @@ from fastdlp.engine.autotune import Run, largest_error, nan_filled, tolerance_of
 from fastdlp.engine.device import DTYPES
 from fastdlp.errors import FastdlpError
 from fastdlp.kernels import tiles
-from fastdlp.kernels.tiles import FALLBACK, Tile, forced, table, tile_of
+from fastdlp.kernels.launch import recording
+from fastdlp.kernels.tiles import FALLBACK, INTERPRETER, Tile, table, tile_of
 
 TABLE = Path(tiles.__file__).with_name("tiles.json")
 MILLISECONDS = 8.0  # of timing for a candidate on a shape
@@ -248,10 +249,16 @@ def compile_ahead(
 
 
 def _launch(kernel: str, tile: Tile, shape: TowerShape, precision: str, device: torch.device) -> None:
-    """On few rows, because a kernel's code does not depend on their number."""
+    """On few rows, because a kernel's code does not depend on their number, and without the other kernels."""
     run = Case(shape, *CLASSES[512]).run(precision, device)
-    with forced(kernel, tile):
-        run("triton")
+
+    def dry_run() -> list[Tensor]:
+        with recording(dry=True):
+            return run("triton")
+
+    with tiled(kernel, tile, dry_run) as (_, calls):
+        for same in calls.values():
+            _repeat(same)
     synchronize(device)
 
 
@@ -321,8 +328,9 @@ def tune(
 
 
 def _tried(rows: Sequence[dict[str, Any]], kernel: str, itemsize: int) -> list[Tile]:
-    """The tiles of the table and the candidates, each once."""
-    found = [tile_of(row) for row in rows if row["kernel"] == kernel and itemsize in row["itemsize"]]
+    """The tiles of the table, the candidates, and the interpreter's, in which the other kernels run; each once."""
+    of_table = [*rows, *table()[INTERPRETER]["rows"]]
+    found = [tile_of(row) for row in of_table if row["kernel"] == kernel and itemsize in row["itemsize"]]
     found += candidates(kernel, itemsize)
     return [tile for number, tile in enumerate(found) if tile not in found[:number]]
 

@@ -96,7 +96,7 @@ MULTIPROCESSORS = {"80": 108, "90": 132, INTERPRETER: 3}  # of an A100, an H100 
 
 def multiprocessors(device: torch.device) -> int:
     """The number of programs of a persistent kernel."""
-    if _assumed is not None or device.type != "cuda":
+    if device.type != "cuda":
         return MULTIPROCESSORS[architecture(device)]
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -117,3 +117,15 @@ def test_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     each_tile.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["product, bf16, 8 rows", "product_activated, bf16, 8 rows"]
+
+
+@pytest.mark.parametrize(("tile", "beside"), [(Tile(blocks={"BLOCK_M": 1}), tiles.INTERPRETER), (None, "80")])
+def test_the_other_kernels_run_in_tiles_that_fit(tile: Tile | None, beside: str) -> None:
+    def run() -> list[Tensor]:
+        assert tiles.tile_for("norm_backward", CPU, 4) == tile or tile is None
+        assert tiles.architecture(CPU) == beside
+        return []
+
+    with tiles.assume("80"), tiled("norm_backward", tile, run) as (outputs, calls):
+        assert tiles.architecture(CPU) == "80"
+        assert (outputs, calls) == ([], {})
