@@ -18,9 +18,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,9 +147,8 @@ def list_jobs(archs: Sequence[str], small: bool) -> tuple[dict[Job, str], list[t
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = keep
         for arch in archs:
-            _target(arch)
             tiles._lookup.cache_clear()  # so that every row that is used is read
-            with tiles.assume(arch), mock.patch.object(tiles, "tile_of", wraps=tiles.tile_of) as read:
+            with _target(arch), tiles.assume(arch), mock.patch.object(tiles, "tile_of", wraps=tiles.tile_of) as read:
                 for case, launch in launches_of(small):
                     launch.kernel.warmup(*launch.operands, grid=launch.grid, enable_fp_fusion=True, **launch.options)
                     jobs.setdefault(Job(arch, found.pop()), case)
@@ -158,7 +157,8 @@ def list_jobs(archs: Sequence[str], small: bool) -> tuple[dict[Job, str], list[t
     return jobs, unused
 
 
-def _target(arch: str) -> None:
+@contextmanager
+def _target(arch: str) -> Iterator[None]:
     """Let Triton's JIT compile for an architecture, without a GPU; what it has compiled it keeps by device."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -169,6 +169,10 @@ def _target(arch: str) -> None:
         "get_current_stream": lambda device: 0,
     }
     driver.set_active(SimpleNamespace(**stub))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # the default one is created when it is asked for, which takes a GPU
 
 
 def faults(job: Job, found: dict[str, Any]) -> list[str]:
@@ -244,10 +248,9 @@ def _build(job: Job) -> tuple[Any, str, str]:
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
-    _target(job.arch)
     kernel = getattr(importlib.import_module(job.record["name"].rpartition(".")[0]), job.kernel)
     log = io.StringIO()
-    with redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+    with redirect_stdout(log), _target(job.arch), knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log = True
         built = kernel.preload(job.specialization)
         cache = get_cache_manager(built.hash)
