@@ -114,11 +114,11 @@ def tiled(
 
 def describe(tile: Tile) -> str:
     """A tile in a few characters."""
-    if tile.form == "torch":
+    if tile.variant == "torch":
         return "library"
     blocks = " ".join(f"{name.removeprefix('BLOCK_')} {size}" for name, size in tile.blocks.items())
-    form = ", descriptors" if tile.form == "descriptor" else ""
-    return f"{blocks}, {tile.warps} warps, {tile.stages} stages{form}"
+    variant = ", descriptors" if tile.variant == "descriptor" else ""
+    return f"{blocks}, {tile.warps} warps, {tile.stages} stages{variant}"
 
 
 def table_rows(device: torch.device) -> list[tuple[str, str, Tile]]:
@@ -126,7 +126,7 @@ def table_rows(device: torch.device) -> list[tuple[str, str, Tile]]:
     return [
         (row["kernel"], PRECISIONS[itemsize], tile_of(row))
         for row in table()[architecture(device)]["rows"]
-        if row["kernel"] in LAUNCHERS and tile_of(row).form != "torch"
+        if row["kernel"] in LAUNCHERS and tile_of(row).variant != "torch"
         for itemsize in row["itemsize"]
     ]
 

@@ -78,8 +78,8 @@ def candidates(kernel: str, itemsize: int) -> list[Tile]:
 
     if kernel.startswith("product"):
         cut = [replace(tile, blocks={**tile.blocks, "GROUP_M": 8}) for tile in read(PRODUCT, PRODUCT_TILES)]
-        described = [replace(tile, form="descriptor") for tile in cut if itemsize == 2 and tile["BLOCK_M"] >= 128]
-        return [Tile(form="torch"), *cut, *described]
+        described = [replace(tile, variant="descriptor") for tile in cut if itemsize == 2 and tile["BLOCK_M"] >= 128]
+        return [Tile(variant="torch"), *cut, *described]
     if kernel == "norm_backward":
         return read(ROWS, ROW_TILES)
     return read(PRODUCT, GRADIENT_TILES) if kernel == "adapter_gradients" else read(STRIP, STRIP_TILES)
@@ -103,8 +103,8 @@ def choose(kernel: str, itemsize: int, rows_to: int | None, timings: Sequence[Ti
 
     def row(tile: Tile, **shape: int) -> dict[str, Any]:
         """What it does not restrict is left out."""
-        limits = {"form": tile.form.replace("triton", ""), "rows_to": rows_to, **shape}
-        launch = {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages} if tile.form != "torch" else {}
+        limits = {"variant": tile.variant.replace("triton", ""), "rows_to": rows_to, **shape}
+        launch = {"blocks": tile.blocks, "warps": tile.warps, "stages": tile.stages} if tile.variant != "torch" else {}
         return {"kernel": kernel, "itemsize": [itemsize]} | {k: v for k, v in limits.items() if v} | launch
 
     general, of_general = min(timings, key=lambda timing: math.fsum(map(math.log, timing[1].values())))

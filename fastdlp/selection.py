@@ -16,7 +16,7 @@ class Choice:
 
     unit: str
     rows: int
-    form: str
+    backend: str
     why: str = field(default="", compare=False)
 
 
@@ -27,21 +27,23 @@ class Selection:
     choices: tuple[Choice, ...]
     seconds: float = field(default=0.0, compare=False)
 
-    def form(self, unit: str, rows: int) -> str:
+    def backend(self, unit: str, rows: int) -> str:
         """The backend for the nearest number of rows by ratio; torch for a unit that was not measured."""
         own = [choice for choice in self.choices if choice.unit == unit]
-        return min(own, key=lambda c: abs(math.log(c.rows / max(rows, 1))), default=Choice(unit, 1, "torch")).form
+        return min(own, key=lambda c: abs(math.log(c.rows / max(rows, 1))), default=Choice(unit, 1, "torch")).backend
 
     @property
     def reason(self) -> str:
         """All choices in a line, and the duration of the measurements."""
         source = f"measured in {self.seconds:.0f} s" if self.seconds else "as measured before"
-        return "; ".join([f"{c.unit} of {c.rows} rows {c.form} ({c.why})" for c in self.choices] + [source])
+        return "; ".join([f"{c.unit} of {c.rows} rows {c.backend} ({c.why})" for c in self.choices] + [source])
 
     def __str__(self) -> str:
         """The value of --backend: "torch" or "triton" where all units have the same one."""
-        forms = {choice.form for choice in self.choices}
-        return forms.pop() if len(forms) == 1 else ",".join(f"{c.unit}@{c.rows}={c.form}" for c in self.choices)
+        backends = {choice.backend for choice in self.choices}
+        return (
+            backends.pop() if len(backends) == 1 else ",".join(f"{c.unit}@{c.rows}={c.backend}" for c in self.choices)
+        )
 
 
 def read_backend(text: str) -> str | Selection:
@@ -49,9 +51,9 @@ def read_backend(text: str) -> str | Selection:
     if "@" not in text:
         return text
     fields = (entry.replace("=", "@").split("@") for entry in text.split(","))
-    return Selection(tuple(Choice(unit, int(rows), form) for unit, rows, form in fields))
+    return Selection(tuple(Choice(unit, int(rows), backend) for unit, rows, backend in fields))
 
 
-def form_of(backend: str | Selection, unit: str, rows: int) -> str:
+def backend_of(backend: str | Selection, unit: str, rows: int) -> str:
     """The backend of a unit for a number of rows."""
-    return backend if isinstance(backend, str) else backend.form(unit, rows)
+    return backend if isinstance(backend, str) else backend.backend(unit, rows)

@@ -230,7 +230,7 @@ def forward_product(
     name = "product" if linear.activation == "none" else "product_activated"
     columns, width = linear.weight.shape
     tile = tile_for(name, x.device, x.dtype.itemsize, len(x), columns, width)
-    if tile.form == "torch":
+    if tile.variant == "torch":
         return library_forward(x, linear, P, site, groups, residual, save)
     y = x.new_empty(len(x), columns)
     u = torch.empty_like(y) if save and linear.activation != "none" else None
@@ -262,7 +262,7 @@ def backward_product(
         raise ValueError(f"backward_product: dA of {site.parts} parts; it is computed from φ(u), for one part")
     name = "product_backward" if u is None else "product_backward_activated"
     tile = tile_for(name, dy.device, dy.dtype.itemsize, len(dy), weight.shape[1], dy.shape[1])
-    if tile.form == "torch":
+    if tile.variant == "torch":
         return library_backward(dy, weight, Q, site, groups, u, activation, dA)
     dx, activation = dy.new_empty(len(dy), weight.shape[1]), "none" if u is None else activation
     _launch(tile, dy, weight, None, activation, Q, site, groups, None, u, dx, dA, True)
@@ -272,7 +272,7 @@ def backward_product(
 def rows_per_tile(like: Tensor, rows: int, out: int, width: int) -> int:
     """Rows that share a partial sum of dA in `backward_product` with u, for dy [rows, out] and u [rows, width]."""
     tile = tile_for("product_backward_activated", like.device, like.dtype.itemsize, rows, width, out)
-    return max(rows, 1) if tile.form == "torch" else tile["BLOCK_M"]
+    return max(rows, 1) if tile.variant == "torch" else tile["BLOCK_M"]
 
 
 def _launch(
@@ -293,7 +293,7 @@ def _launch(
     up, parts, groups_per_up = (site.down, 1, groups.views) if backward else (site.up, site.parts, 1)
     (rows, width), out, L = x.shape, up.shape[2], low.shape[1]
     num_tiles = triton.cdiv(rows, tile["BLOCK_M"]) * parts * triton.cdiv(out, tile["BLOCK_N"])
-    descriptors = tile.form == "descriptor" and rows > 0 and describable(x) and describable(weight)
+    descriptors = tile.variant == "descriptor" and rows > 0 and describable(x) and describable(weight)
     num_programs = multiprocessors(x.device) if descriptors else 1
     tensors = (bias, low, up, row_group(groups, x.device), residual, u, y, dA)
     sizes = (rows, out, width)

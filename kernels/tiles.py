@@ -25,11 +25,11 @@ FALLBACK = "80"  # for every architecture after it that has no table of its own
 class Tile:
     """Block sizes of a kernel: `blocks` are its constexprs by name, `chunk` the entries of one partial sum.
 
-    form: the variant of a product: "triton" (pointers), "descriptor" (persistent, with Hopper's tensor descriptors) or
+    variant: of a product: "triton" (pointers), "descriptor" (persistent, with Hopper's tensor descriptors) or
     "torch" (library calls).
     """
 
-    form: str = "triton"
+    variant: str = "triton"
     blocks: dict[str, int] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
@@ -138,5 +138,5 @@ def _lookup(arch: str, kernel: str, itemsize: int, rows: int, out: int, width: i
 
 def tile_of(row: dict[str, Any]) -> Tile:
     """A row of the table as a tile."""
-    fields = ("form", "blocks", "warps", "stages", "chunk")
+    fields = ("variant", "blocks", "warps", "stages", "chunk")
     return Tile(**{name: value for name, value in row.items() if name in fields})

@@ -42,7 +42,7 @@ def cases(**factors: Iterable[Any]) -> pytest.MarkDecorator:
 
 def _label(value: Any) -> str | None:
     if isinstance(value, Tile):
-        return "x".join(map(str, value.blocks.values())) or value.form
+        return "x".join(map(str, value.blocks.values())) or value.variant
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, torch.dtype):

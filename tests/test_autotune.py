@@ -33,7 +33,7 @@ from fastdlp.run import build_engine
 from fastdlp.run.folder import RunFolder
 from fastdlp.run.setup import Callbacks, prepare
 from fastdlp.run.train import resume, train
-from fastdlp.selection import Choice, Selection, form_of, read_backend
+from fastdlp.selection import Choice, Selection, backend_of, read_backend
 from tests.models import tiny_clip
 
 GPU = torch.device("cuda")
@@ -52,7 +52,7 @@ MS = {("attention", 640): (2.0, 1.0), ("mlp", 640): (1.0, 2.0), ("attention", 64
 
 @dataclass
 class Machine:
-    """Units whose forms take so many milliseconds, and what was made, timed and waited for."""
+    """Units whose backends take so many milliseconds, and what was made, timed and waited for."""
 
     ms: dict[tuple[str, int], tuple[float, float]] = field(default_factory=lambda: dict(MS))
     wrong: dict[tuple[str, int], Callable[[], list[Tensor]]] = field(default_factory=dict)  # Triton's result
@@ -68,9 +68,9 @@ class Machine:
     def make(self, key: tuple[str, int]) -> Callable[[str], list[Tensor]]:
         self.made.append(key)
 
-        def run(form: str) -> list[Tensor]:
-            self.last = key, form
-            if form == "triton" and key in self.wrong:
+        def run(backend: str) -> list[Tensor]:
+            self.last = key, backend
+            if backend == "triton" and key in self.wrong:
                 return self.wrong[key]()
             return [torch.ones(3), torch.arange(4.0), torch.zeros(2), torch.zeros(0)]
 
@@ -78,8 +78,8 @@ class Machine:
 
     def time(self, call: Callable[[], object]) -> float:
         call()
-        key, form = self.last
-        return self.ms[key][form == "triton"]
+        key, backend = self.last
+        return self.ms[key][backend == "triton"]
 
     def clock(self) -> float:
         self.now += self.seconds
@@ -93,15 +93,20 @@ class Machine:
         return select(self.all_units(), identity, 0.01, Meter(self.time, self.clock, self.settle), cache, budget)
 
 
-def forms(selection: Selection) -> list[str]:
-    return [choice.form for choice in selection.choices]
+def backends(selection: Selection) -> list[str]:
+    return [choice.backend for choice in selection.choices]
 
 
-def test_the_faster_form_of_every_unit_and_number_of_rows(tmp_path: Path) -> None:
+def test_the_faster_backend_of_every_unit_and_number_of_rows(tmp_path: Path) -> None:
     found = Machine().select(tmp_path)
-    assert forms(found) == ["triton", "torch", "torch"]
-    assert [found.form("attention", rows) for rows in (1, 200, 205, 10_000)] == ["torch", "torch", "triton", "triton"]
-    assert (found.form("mlp", 64), found.form("elsewhere", 640)) == ("torch", "torch")
+    assert backends(found) == ["triton", "torch", "torch"]
+    assert [found.backend("attention", n) for n in (1, 200, 205, 10_000)] == [
+        "torch",
+        "torch",
+        "triton",
+        "triton",
+    ]
+    assert (found.backend("mlp", 64), found.backend("elsewhere", 640)) == ("torch", "torch")
     assert found.reason == (
         "attention of 640 rows triton (1 ms against 2); mlp of 640 rows torch (1 ms against 2); "
         "attention of 64 rows torch (1 ms against 1.5); measured in 6 s"
@@ -132,11 +137,11 @@ WRONG: dict[str, tuple[Any, str, bool]] = {
 
 
 @pytest.mark.parametrize(("wrong", "why", "kept"), WRONG.values(), ids=WRONG)
-def test_a_form_that_is_wrong_is_never_used(wrong: Any, why: str, kept: bool, tmp_path: Path) -> None:
+def test_a_wrong_backend_is_never_used(wrong: Any, why: str, kept: bool, tmp_path: Path) -> None:
     """Though it is the faster one. What a compiler or the memory refused may go well another time."""
     machine = Machine(wrong={("attention", 640): wrong})
     found = machine.select(tmp_path)
-    assert forms(found) == ["torch", "torch", "torch"]
+    assert backends(found) == ["torch", "torch", "torch"]
     assert why in found.reason
     assert "\n" not in found.reason
     machine.made.clear()
@@ -184,7 +189,7 @@ DAMAGES: dict[str, Any] = {
     "no choices": _edited(choices=None),
     "short": _edited(choices=[["attention"]]),
     "long": _edited(choices=[["attention", 640, "triton", "", ""]]),
-    "a form that is none": _edited(choices=[["attention", 640, "cuda", ""]]),
+    "an unknown backend": _edited(choices=[["attention", 640, "cuda", ""]]),
     "rows that are none": _edited(choices=[["attention", 0, "triton", ""]]),
     "rows in words": _edited(choices=[["attention", "640", "triton", ""]]),
     "rows as truth": _edited(choices=[["attention", True, "triton", ""]]),
@@ -207,17 +212,17 @@ def test_a_damaged_file_is_measured_anew(damage: Any, tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert forms(Machine().select(tmp_path / "file" / "folder")) == ["triton", "torch", "torch"]
+    assert backends(Machine().select(tmp_path / "file" / "folder")) == ["triton", "torch", "torch"]
 
 
 def test_the_budget(tmp_path: Path) -> None:
     """What is not reached takes torch, is said, and is all that the next run measures."""
     machine = Machine(ms=dict.fromkeys(MS, (2.0, 1.0)), seconds=40.0)
     found = machine.select(tmp_path)
-    assert forms(found) == ["triton", "torch", "torch"]
+    assert backends(found) == ["triton", "torch", "torch"]
     assert found.reason.count("not measured within 60 s") == 2
     again = Machine(ms=machine.ms)
-    assert forms(again.select(tmp_path)) == ["triton"] * 3
+    assert backends(again.select(tmp_path)) == ["triton"] * 3
     assert again.made == list(MS)[1:]
 
 
@@ -231,7 +236,7 @@ def test_written_and_read() -> None:
     assert read_backend(str(MIXED)) == MIXED
     one = Selection((Choice("mlp", 3, "triton", "why"), Choice("mlp", 9, "triton")))
     assert (str(one), read_backend(str(one))) == ("triton", "triton")
-    assert [form_of(b, "mlp", 640) for b in ("triton", MIXED)] == ["triton", "torch"]
+    assert [backend_of(b, "mlp", 640) for b in ("triton", MIXED)] == ["triton", "torch"]
     TrainConfig(backend=str(MIXED)).check()
     for bad in ("fast", "mlp@0=torch", "mlp@3=cuda", "mlp@3=torch,", "mlp@3=torch\n", "auto,mlp@3=torch"):
         with pytest.raises(FastdlpError, match=r"unknown --backend .*: choose from auto, triton, torch"):
@@ -335,7 +340,7 @@ def run_here(some: list[Unit], cache: Path) -> Selection:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
 @pytest.mark.parametrize("encoder", ["image", pytest.param("text", marks=pytest.mark.slow)])
 def test_units_of_a_tower(encoder: str, towers: Any, tmp_path: Path) -> None:
-    """Every unit runs both forms on its own, and finds them equal."""
+    """Every unit runs both backends on its own, and finds them equal."""
     found = run_here(list(all_units(towers, encoder)), tmp_path)
     assert [choice.unit for choice in found.choices] == ["attention", "mlp", "last", "projection", "optimizer"]
     assert str(found) == "triton", found.reason
@@ -363,11 +368,11 @@ def test_a_wrong_kernel_is_found(towers: Any, tmp_path: Path, monkeypatch: pytes
 def test_the_tower_asks_for_every_unit(name: str, towers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the answer holds for the linears of that unit, and for those alone; sites are numbered in forward order."""
     sites: dict[str, list[int]] = {"torch": [], "triton": []}
-    for form, where in (("torch", "site"), ("triton", "span")):
+    for backend, where in (("torch", "site"), ("triton", "span")):
         whole = getattr(Adapters, where)
 
-        def spied(self: Adapters, index: int, *args: Any, form: str = form, whole: Any = whole) -> Any:
-            sites[form].append(index)
+        def spied(self: Adapters, index: int, *args: Any, backend: str = backend, whole: Any = whole) -> Any:
+            sites[backend].append(index)
             return whole(self, index, *args)
 
         monkeypatch.setattr(Adapters, where, spied)
@@ -391,7 +396,7 @@ def test_a_cpu_measures_nothing(few: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     config = RunFolder(tmp_path / "run").config()
     assert (config.backend, config.cuda_graph, notices) == ("torch", False, [])
-    assert not list(cache_root().glob("forms-*"))
+    assert not list(cache_root().glob("backends-*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
@@ -412,14 +417,14 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
         assert (chosen, notices) == ("torch", [])
         return
     assert isinstance(chosen, Selection)
-    assert [(c.unit, c.rows) for c in chosen.choices if c.form == "triton"] == [("optimizer", 3)]
+    assert [(c.unit, c.rows) for c in chosen.choices if c.backend == "triton"] == [("optimizer", 3)]
     assert {c.rows for c in chosen.choices if c.unit == "attention"} == {96, 32, 12}  # 3 × 32, 1 × 32, 3 × 4 scored
     assert made.engine.bank.backend == "triton"
     assert made.engine.task.tower.backend == chosen  # type: ignore[attr-defined]
     assert notices[0].startswith(
         "--backend auto: optimizer of 3 rows triton (1 ms against 2); attention of 96 rows torch"
     )
-    assert [path.name[:6] for path in (tmp_path / "cache").glob("forms-*")] == ["forms-"]
+    assert [path.name[:9] for path in (tmp_path / "cache").glob("backends-*")] == ["backends-"]
 
 
 @pytest.mark.slow
@@ -427,7 +432,7 @@ def test_a_run_measures_its_own_units(method: str, few: Path, tmp_path: Path, mo
 def test_a_run_keeps_its_selection(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_run: Callable[[Path, Path], None]
 ) -> None:
-    """Reported and in the config; a resumed run takes the same forms without measuring; scores need none."""
+    """Reported and in the config; a resumed run takes the same backends without measuring; scores need none."""
     from fastdlp.export.evaluate import evaluate
 
     model = tiny_clip(tmp_path / "model", vision={"width": 16, "head_width": 8}, quick_gelu=True)

@@ -20,7 +20,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.kernels.tiles import Tile, table, tile_for
 
 SMALL, LARGE = Tile(blocks={"BLOCK_M": 16}), Tile(blocks={"BLOCK_M": 64}, warps=8, stages=3)
-LIBRARY = Tile(form="torch")
+LIBRARY = Tile(variant="torch")
 SHAPE = TowerShape(1, 48, 96, 32)
 NAMES = {"small": SMALL, "large": LARGE, "library": LIBRARY}
 
@@ -42,7 +42,7 @@ def test_one_tile_for_a_number_of_rows() -> None:
 def test_a_shape_gets_its_own_tile_only_where_it_wins_clearly() -> None:
     of_library = {48: 1.10, 64: 0.98, 80: 0.96}  # 2 % are noise
     own, general = choose("product", 2, None, timings(small=dict.fromkeys(of_library, 1.0), library=of_library))
-    assert own == {"kernel": "product", "itemsize": [2], "form": "torch", "out": 96, "width": 80}
+    assert own == {"kernel": "product", "itemsize": [2], "variant": "torch", "out": 96, "width": 80}
     assert general["blocks"] == {"BLOCK_M": 16}
     assert "width" not in general
 
@@ -51,7 +51,7 @@ def test_general_is_the_least_geometric_mean() -> None:
     of_shapes = timings(small={48: 1.0, 64: 1.5}, large={48: 2.0, 64: 1.0}, library={48: 0.1, 64: 20.0})
     *own, general = choose("product", 2, None, of_shapes)
     assert general["blocks"] == {"BLOCK_M": 16}
-    assert [(row.get("form"), row["width"]) for row in own] == [("torch", 48), (None, 64)]
+    assert [(row.get("variant"), row["width"]) for row in own] == [("torch", 48), (None, 64)]
     with pytest.raises(FastdlpError, match="no tile of product ran on every shape"):
         choose("product", 2, None, [])
 
@@ -95,7 +95,7 @@ def test_every_kernel_is_tuned_or_kept() -> None:
         for itemsize in (2, 4):
             (row,) = [row for row in table()["interpreter"]["rows"] if row["kernel"] == kernel]  # the one never tuned
             for tile in tune.candidates(kernel, itemsize):
-                if tile.form == "triton":
+                if tile.variant == "triton":
                     assert set(tile.blocks) == set(row["blocks"])
                     assert tile.chunk == row.get("chunk", 0) == 0
 
@@ -232,7 +232,7 @@ def test_only_this_architecture_is_written(gpu: torch.device) -> None:
     assert list(new) == list(before)
     assert {name: new[name] for name in new if name != "90"} == {name: before[name] for name in before if name != "90"}
     rows = {(row["kernel"], size): row for row in new["90"]["rows"] for size in row["itemsize"]}
-    assert rows["product", 2] == {"kernel": "product", "itemsize": [2], "form": "torch"}  # the last, of all rows
+    assert rows["product", 2] == {"kernel": "product", "itemsize": [2], "variant": "torch"}  # the last, of all rows
     limits = [row.get("rows_to") for row in new["90"]["rows"] if row["kernel"] == "product" and row["itemsize"] == [2]]
     assert limits == [512, 4096, None]
     assert rows["down", 4]["blocks"] == LARGE.blocks
@@ -254,7 +254,7 @@ def test_the_table_is_written_as_it_grows(gpu: torch.device) -> None:
     assert len(saved) == len(tune.CLASSES) * len(tune.LAUNCHERS) + 1
     before = table()["90"]
     first = [row for row in saved[0]["90"]["rows"] if row not in before["rows"]]
-    assert first == [{"kernel": "product", "itemsize": [2], "form": "torch"}]
+    assert first == [{"kernel": "product", "itemsize": [2], "variant": "torch"}]
     assert all(tables["90"]["measured"] == before["measured"] for tables in saved[:-1])
     assert saved[-1] == result["tables"]
 

@@ -40,8 +40,8 @@ EPILOGUES: list[tuple[str, bool, bool, bool]] = [  # activation, bias, residual,
 ]
 
 
-def tile(form: str = "triton", **blocks: int) -> Tile:
-    return Tile(form, {f"BLOCK_{name}" if len(name) == 1 else name: size for name, size in blocks.items()})
+def tile(variant: str = "triton", **blocks: int) -> Tile:
+    return Tile(variant, {f"BLOCK_{name}" if len(name) == 1 else name: size for name, size in blocks.items()})
 
 
 PRODUCT_TILES = [
@@ -50,7 +50,7 @@ PRODUCT_TILES = [
     tile(M=64, N=16, K=16, GROUP_M=8),
     tile("descriptor", M=32, N=64, K=64, GROUP_M=2),
     tile("descriptor", M=16, N=32, K=16, GROUP_M=8),
-    Tile(form="torch"),
+    Tile(variant="torch"),
 ]
 ROW_TILES = [None, tile(M=16, K=64), tile(M=64, K=16), tile(M=32, K=128)]
 
@@ -329,7 +329,7 @@ def test_backward_product(
     Q, u = low_of(draw, groups, site), None if activation == "none" else draw(groups.rows, width)
     sums, dA = None, None
     if u is not None and site.parts == 1:
-        tile_rows = max(groups.rows, 1) if t == Tile(form="torch") else (t or tile(M=32))["BLOCK_M"]
+        tile_rows = max(groups.rows, 1) if t == Tile(variant="torch") else (t or tile(M=32))["BLOCK_M"]
         sums = PartialSums((0, 1), groups, block=1, tile=tile_rows)
         dA = torch.full((sums.counts[1] + 1, 1, site.rank, width), float("nan"), device=device)
     with forced("product_backward" if u is None else "product_backward_activated", t):

@@ -63,7 +63,7 @@ def test_rows_are_all_of_the_table() -> None:
         found = [(kernel, tile) for kernel, _, tile in table_rows(DEVICE)]
     for row in rows:
         tile = tiles.tile_of(row)
-        expected = len(row["itemsize"]) if row["kernel"] in LAUNCHERS and tile.form != "torch" else 0
+        expected = len(row["itemsize"]) if row["kernel"] in LAUNCHERS and tile.variant != "torch" else 0
         assert found.count((row["kernel"], tile)) >= expected
     assert {kernel for kernel, _ in found} <= LAUNCHERS.keys()
 
@@ -97,9 +97,9 @@ def test_calls_are_those_of_the_kernel(kernel: str, shapes: dict[tuple[int, int,
             with recording(dry=True) as launches:
                 call()
             assert [launch.options["BLOCK_M"] for launch in launches] == [16]
-    with forced(kernel, Tile(form="torch")) as looked_up:
-        assert tiles.tile_for(kernel, CPU, 4, 3, 2, 1).form == "torch"
-        assert tiles.tile_for("fold", CPU, 4).form == "triton"
+    with forced(kernel, Tile(variant="torch")) as looked_up:
+        assert tiles.tile_for(kernel, CPU, 4, 3, 2, 1).variant == "torch"
+        assert tiles.tile_for("fold", CPU, 4).variant == "triton"
         assert looked_up == [(3, 2, 1)]
 
 

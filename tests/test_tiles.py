@@ -67,7 +67,7 @@ def test_every_kernel_has_a_tile_for_every_shape(kernel: str, arch: str) -> None
     with assume(arch):
         for at in lookups(kernel):
             tile = tile_for(kernel, GPU, *at)
-            if tile.form == "torch":
+            if tile.variant == "torch":
                 assert kernel in PRODUCTS
                 continue
             assert set(tile.blocks) == BLOCKS[kernel]
@@ -115,7 +115,7 @@ def test_tile_of_a_row() -> None:
     tile = tile_of(row)
     assert tile == Tile(blocks={"BLOCK_M": 16}, warps=8, stages=3)
     assert tile.launch == {"BLOCK_M": 16, "num_warps": 8, "num_stages": 3}
-    assert tile_of({"kernel": "product", "itemsize": [2], "form": "torch"}).form == "torch"
+    assert tile_of({"kernel": "product", "itemsize": [2], "variant": "torch"}).variant == "torch"
 
 
 @pytest.mark.parametrize(

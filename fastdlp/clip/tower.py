@@ -29,7 +29,7 @@ from fastdlp.kernels.attention import attention, fits, self_attention
 from fastdlp.kernels.dual_lora import Recompute, dual_lora_torch
 from fastdlp.kernels.frozen import FrozenLinear, Norm, frozen_linear
 from fastdlp.kernels.groups import RowGroups
-from fastdlp.selection import Selection, form_of
+from fastdlp.selection import Selection, backend_of
 
 if TYPE_CHECKING:
     from fastdlp.kernels.half_blocks import AdaptedLinear, FoldedRows
@@ -128,7 +128,7 @@ class Tower:
         def linears(unit: str) -> _Linears:
             """The implementation of a unit: "attention" and "mlp" are the halves of a block, "last" the last block if
             it runs for the pooled token only, and "projection"."""
-            if adapters is None or groups is None or form_of(self.backend, unit, len(x)) != "triton":
+            if adapters is None or groups is None or backend_of(self.backend, unit, len(x)) != "triton":
                 return _Linears(groups, adapters)
             return _FusedLinears(groups, adapters, adapters.folded(x.dtype))
 

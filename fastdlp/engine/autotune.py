@@ -31,7 +31,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.files import cache_root, write_atomic
 from fastdlp.selection import Choice, Selection
 
-FORMAT = "fastdlp-forms"
+FORMAT = "fastdlp-backends"
 BACKENDS = ("torch", "triton")
 BUDGET = 60.0  # seconds; a unit whose measurement has started is completed
 REPLAYS = 20  # of a graph; the median is used
@@ -82,7 +82,7 @@ def select(
         FastdlpError: a kernel caused a device error.
     """
     start = meter.clock()
-    path = (cache or cache_root()) / f"forms-{_digest(json.dumps(dict(identity), sort_keys=True).encode())}.json"
+    path = (cache or cache_root()) / f"backends-{_digest(json.dumps(dict(identity), sort_keys=True).encode())}.json"
     known = _read(path, identity)
     before, choices, seconds = dict(known), [], 0.0
     for unit in units:
@@ -97,7 +97,7 @@ def select(
             known |= {key: choice} if cacheable else {}
             seconds = meter.clock() - start
     if known != before:
-        kept = [[c.unit, c.rows, c.form, c.why] for c in known.values()]
+        kept = [[c.unit, c.rows, c.backend, c.why] for c in known.values()]
         with suppress(FastdlpError):
             write_atomic(path, json.dumps({"format": FORMAT, "identity": dict(identity), "choices": kept}, indent=1))
     return Selection(tuple(choices), seconds)
@@ -179,7 +179,11 @@ def _read(path: Path, identity: Mapping[str, str]) -> dict[tuple[str, int], Choi
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     valid = all(
-        isinstance(c.unit, str) and type(c.rows) is int and c.rows > 0 and c.form in BACKENDS and isinstance(c.why, str)
+        isinstance(c.unit, str)
+        and type(c.rows) is int
+        and c.rows > 0
+        and c.backend in BACKENDS
+        and isinstance(c.why, str)
         for c in choices
     )
     return {(c.unit, c.rows): c for c in choices} if valid else {}

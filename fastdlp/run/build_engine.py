@@ -26,7 +26,7 @@ from fastdlp.errors import FastdlpError
 from fastdlp.methods.base import Method
 from fastdlp.methods.losses import Objective
 from fastdlp.run.build_task import Built
-from fastdlp.selection import Selection, form_of, read_backend
+from fastdlp.selection import Selection, backend_of, read_backend
 
 PACKED = 3  # adapters on the widest linear: q, k and v
 
@@ -95,7 +95,7 @@ def build_engine(
         backend = read_backend(group.broadcast_from_rank_zero(str(backend)))
     if isinstance(task, ImageTask | TextTask):
         task.tower = replace(task.tower, backend=backend)
-    bank.backend = form_of(backend, "optimizer", bank.slots)
+    bank.backend = backend_of(backend, "optimizer", bank.slots)
     runner = cuda_graphs(device, bank.tensors, None if config.cuda_graph else notice) if execution.graphs else None
     engine = SequentialEngine if method.sequential else Engine
     return engine(method, bank, task, objective, hyper, slots, labels, schedule, group, runner), str(backend)
