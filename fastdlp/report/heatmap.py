@@ -70,10 +70,10 @@ def heat_map(
 
     present = np.ones(values.shape, bool) if present is None else present
     sides = np.ones(present.sum()) if areas is None else np.clip(np.sqrt(areas[present]), _MIN_SIDE, 1)
-    centres = np.argwhere(present)[:, ::-1] + 0.5  # column, row
+    centers = np.argwhere(present)[:, ::-1] + 0.5  # column, row
     square = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
     cells = PolyCollection(
-        list(centres[:, None] + sides[:, None, None] * square),
+        list(centers[:, None] + sides[:, None, None] * square),
         array=values[present],
         cmap=colors,
         norm=norm,
@@ -84,24 +84,8 @@ def heat_map(
     )
     axes.add_collection(cells)
     if numbers is not None:
-        lightness = cells.to_rgba(values[present])[:, :3] @ (0.3, 0.59, 0.11)
-        for (x, y), number, light in zip(centres, numbers[present], lightness):
-            if number:
-                ink = INK if light > 0.5 else "white"
-                axes.text(x, y, str(number), ha="center", va="center", fontsize=6.5, color=ink)
-
-    row_names, column_names = names
-    every = range(0, len(row_names), math.ceil(_NAME / cell[1]))
-    axes.set_yticks([row + 0.5 for row in every], [row_names[row] for row in every], fontsize=7)
-    every = range(0, len(column_names), math.ceil(_NAME / cell[0]))
-    axes.set_xticks(
-        [column + 0.5 for column in every],
-        [name if len(name) <= 24 else name[:23] + "…" for name in column_names[:: every.step]],
-        rotation=90 if numbers is None else 40,
-        ha="center" if numbers is None else "right",
-        rotation_mode="default" if numbers is None else "anchor",
-        fontsize=6 if numbers is None else 7.5,
-    )
+        _write_numbers(axes, cells, centers, values[present], numbers[present])
+    _write_names(axes, cell, names, numbers is not None)
     if label:
         high = min(max(height, 0.9), 1.5)
         bar = figure.add_axes(((width + gap) / width, 1 - high / height, 0.1 / width, high / height))
@@ -110,3 +94,32 @@ def heat_map(
         bar.tick_params(labelsize=7, length=2)
         scale.outline.set_visible(False)
     return figure, axes
+
+
+def _write_numbers(
+    axes: Axes, cells: PolyCollection, centers: np.ndarray, values: np.ndarray, numbers: np.ndarray
+) -> None:
+    """In the middle of every cell but those of 0, dark on light colors and white on dark ones."""
+    lightness = cells.to_rgba(values)[:, :3] @ (0.3, 0.59, 0.11)
+    for (x, y), number, light in zip(centers, numbers, lightness):
+        if number:
+            ink = INK if light > 0.5 else "white"
+            axes.text(x, y, str(number), ha="center", va="center", fontsize=6.5, color=ink)
+
+
+def _write_names(
+    axes: Axes, cell: tuple[float, float], names: tuple[Sequence[str], Sequence[str]], numbered: bool
+) -> None:
+    """Every few along both sides, so that they do not overlap; slanted where the cells are as wide as numbers."""
+    row_names, column_names = names
+    every = range(0, len(row_names), math.ceil(_NAME / cell[1]))
+    axes.set_yticks([row + 0.5 for row in every], [row_names[row] for row in every], fontsize=7)
+    every = range(0, len(column_names), math.ceil(_NAME / cell[0]))
+    axes.set_xticks(
+        [column + 0.5 for column in every],
+        [name if len(name) <= 24 else name[:23] + "…" for name in column_names[:: every.step]],
+        rotation=40 if numbered else 90,
+        ha="right" if numbered else "center",
+        rotation_mode="anchor" if numbered else "default",
+        fontsize=7.5 if numbered else 6,
+    )
