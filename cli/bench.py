@@ -312,7 +312,7 @@ def _measure(
     """
     from fastdlp.cli import console
 
-    with console.telling("preparing") as progress:
+    with console.status("preparing") as progress:
         result = measure(*arguments, progress=progress)
     try:
         if output is not None:

@@ -36,17 +36,17 @@ out = Console()
 err = Console(stderr=True)
 
 
-def say(text: str, style: str | None = None, console: Console = out) -> None:
+def print_plain(text: str, style: str | None = None, console: Console = out) -> None:
     """Print text as it is: without markup, highlighting or line breaks of the terminal's width."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def telling(text: str) -> Iterator[Callable[[str], None]]:
+def status(text: str) -> Iterator[Callable[[str], None]]:
     """A status line on stderr; where stderr is no terminal, one line per status with the seconds since the start."""
     if err.is_terminal:
-        with err.status(text) as status:
-            yield status.update
+        with err.status(text) as line:
+            yield line.update
         return
     start = time.monotonic()
     yield lambda text: print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
@@ -58,7 +58,7 @@ def progress(*columns: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def watching(quiet: bool) -> Iterator[Callbacks]:
+def run_callbacks(quiet: bool) -> Iterator[Callbacks]:
     """Callbacks that show progress and turn the first Ctrl-C into a stop after the running round.
 
     Of torchrun's processes rank 0 shows progress; torchrun sends Ctrl-C to all of them.
@@ -90,7 +90,7 @@ def watching(quiet: bool) -> Iterator[Callbacks]:
                 yield callbacks
     except Stopped as stopped:
         if leads():
-            say(str(stopped), "yellow", err)
+            print_plain(str(stopped), "yellow", err)
         raise typer.Exit(130 if leads() else 0) from None
 
 
@@ -107,7 +107,7 @@ def _show_progress(callbacks: Callbacks, progress: Progress) -> None:
             soft_wrap=True,
         )
         for notice in notices(federation):
-            say(notice, "yellow")
+            print_plain(notice, "yellow")
         progress.reset(bar, total=config.rounds, completed=finished, description=f"zero-shot {zero_shot:.3f}")
 
     def finished_round(line: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def _show_progress(callbacks: Callbacks, progress: Progress) -> None:
         progress.update(bar, completed=line["round"], description=text)
 
     callbacks.preparing = lambda text: progress.update(bar, description=f"preparing: {escape(text)}")
-    callbacks.notice = lambda text: say(text, "yellow", err)
+    callbacks.notice = lambda text: print_plain(text, "yellow", err)
     callbacks.started, callbacks.finished_round = started, finished_round
 
 
@@ -188,11 +188,11 @@ def print_sweep(summary: dict[str, Any], path: str | Path) -> None:
     out.print(table)
     for row in summary["members"]:
         if row["failed"]:
-            say(f"{row['name']}: {row['failed']}", "yellow")
+            print_plain(f"{row['name']}: {row['failed']}", "yellow")
     if picked is None:
-        say("no setting is picked: without --val-fraction only test accuracies are known")
+        print_plain("no setting is picked: without --val-fraction only test accuracies are known")
     else:
-        say(f"picked on validation: lr {picked['lr']:g}, α {picked['alpha']:g}")
+        print_plain(f"picked on validation: lr {picked['lr']:g}, α {picked['alpha']:g}")
     out.print(f"[bold]sweep[/]  {escape(str(path))}, {summary['seconds_total']:.1f} s", highlight=False, soft_wrap=True)
 
 

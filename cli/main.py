@@ -70,7 +70,7 @@ def train(
     from fastdlp.run import train as training
 
     rounds = given.pop("rounds", None) if resume is not None else None
-    with console.watching(quiet or as_json) as callbacks:
+    with console.run_callbacks(quiet or as_json) as callbacks:
         if resume is not None:
             summary = training.resume(resume, rounds, given, callbacks)
         else:
@@ -108,12 +108,14 @@ def evaluate(
         return
     title = str(run) if adapter is None else f"{adapter} on the clients of {run}"
     console.out.print(console.client_table(scores["per_client"], title))
-    console.say(
+    console.print_plain(
         f"accuracy {scores['accuracy']:.4f} (zero-shot {scores['zero_shot']:.4f}), mean of clients "
         f"{scores['accuracy_mean_clients']:.4f}, lowest {scores['clients_lowest']:.4f}"
     )
     if adapter is not None:
-        console.say("an adapter that was trained on another partition may have seen these test samples", "yellow")
+        console.print_plain(
+            "an adapter that was trained on another partition may have seen these test samples", "yellow"
+        )
 
 
 @app.command()
@@ -139,7 +141,7 @@ def sweep(
     from fastdlp.cli import console
     from fastdlp.run import sweep as sweeping
 
-    with console.watching(quiet or as_json) as callbacks:
+    with console.run_callbacks(quiet or as_json) as callbacks:
         if resume is not None:
             summary = sweeping.resume_sweep(resume, callbacks)
         else:
@@ -222,8 +224,8 @@ def export(
         return
     exported = ("the global adapter" if facts["rank"] else "the server's weights") if server else f"client {client}"
     rank = f", rank {facts['rank']}, lora_alpha {facts['lora_alpha']:g}" if facts["rank"] else ""
-    console.say(f"{out}: {exported} of {run} ({facts['method']}, {facts['encoder']} tower{rank})")
-    console.say(f"load it: {facts['load']}")
+    console.print_plain(f"{out}: {exported} of {run} ({facts['method']}, {facts['encoder']} tower{rank})")
+    console.print_plain(f"load it: {facts['load']}")
 
 
 @app.command()

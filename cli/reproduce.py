@@ -138,11 +138,11 @@ def ledger(
     goal = "" if target is None else f"{target:g}"
     if rounds is None:
         number, best = record.best
-        console.say(f"{run} does not reach {goal}: its best round is {number} with {best:.4f}")
+        console.print_plain(f"{run} does not reach {goal}: its best round is {number} with {best:.4f}")
         return
     mb, size = message_sizes(record, rounds)
     reached = f" to an accuracy of {goal}" if goal else ""
-    console.say(
+    console.print_plain(
         f"{rounds} round{'s' * (rounds > 1)}{reached}, {record.uploaded:,} parameters per direction: {mb:.2f} MB as "
         f"the paper counts, {size:,} bytes of messages, of one client, up and down"
     )
@@ -168,7 +168,7 @@ def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, pa
     if no_run or not absent:
         return absent
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with console.watching(quiet=True) as watching, console.progress(*columns) as progress:
+    with console.run_callbacks(quiet=True) as callbacks, console.progress(*columns) as progress:
         bar = progress.add_task("preparing", total=len(configs), completed=len(configs) - len(absent))
 
         def status(name: str, text: str) -> None:
@@ -176,14 +176,14 @@ def _run_missing(plan: Plan, jobs: int, devices: Sequence[str], no_run: bool, pa
 
         def finished(name: str) -> None:
             progress.advance(bar)
-            console.say(f"{round(progress.tasks[0].completed)}/{len(configs)} {name}", console=console.err)
+            console.print_plain(f"{round(progress.tasks[0].completed)}/{len(configs)} {name}", console=console.err)
 
         try:
-            complete(absent, jobs, devices, PlanCallbacks(status, finished, watching.should_stop))
+            complete(absent, jobs, devices, PlanCallbacks(status, finished, callbacks.should_stop))
         except Interrupted:
             done = len(configs) - len(missing(configs))
             text = f"stopped with {done} of {len(configs)} runs finished; the same command resumes"
-            console.say(text, "yellow", console.err)
+            console.print_plain(text, "yellow", console.err)
             raise typer.Exit(130) from None
     return []
 
@@ -199,4 +199,4 @@ def _show(plan: Plan, folder: Path, missing: Sequence[TrainConfig]) -> None:
         console.out.print(table, width=max(console.out.width, _WIDTH), crop=False)
     for note in notes(plan, missing):
         console.out.print(note, highlight=False, markup=False)
-    console.say(f"written: {folder}/{plan.name}.md, .csv, .png")
+    console.print_plain(f"written: {folder}/{plan.name}.md, .csv, .png")

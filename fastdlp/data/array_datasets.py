@@ -1,4 +1,4 @@
-"""The benchmarks whose samples lie in a few binary or text files, all labelled splits pooled: a function per data set.
+"""The benchmarks whose samples lie in a few binary or text files, all labeled splits pooled: a function per data set.
 
 None of them unpickles anything. torchvision's CIFAR loaders do, and its FashionMNIST loader calls torch.load on files
 of an old version; therefore the authors' own binary files are read here. A function raises whatever a missing or

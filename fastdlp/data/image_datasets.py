@@ -1,4 +1,4 @@
-"""The benchmarks whose samples are image files, all labelled splits pooled: one function per data set lists them.
+"""The benchmarks whose samples are image files, all labeled splits pooled: one function per data set lists them.
 
 Only these functions access torchvision's private fields. Class names are those of OpenAI's zero-shot evaluation of CLIP
 (data/prompts.md in its repository) where it covers the data set. A function raises whatever a missing or altered file

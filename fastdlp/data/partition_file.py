@@ -57,7 +57,7 @@ def partition_of(
         raise FastdlpError(f"--partition {config.partition!r} is neither {', '.join(SCHEMES)} nor a partition file")
     if config.shots is not None:
         partition = keep_shots(partition, labels, config.shots)
-    if config.val_fraction:  # after the shots: validation samples are labelled samples too
+    if config.val_fraction:  # after the shots: validation samples are labeled samples too
         partition = hold_out(partition, config.val_fraction)
     return partition
 

@@ -21,7 +21,7 @@ from fastdlp.errors import FastdlpError
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The labelled samples of a data set.
+    """The labeled samples of a data set.
 
     Attributes:
         name: the data set's name, the same on every machine.
