@@ -73,7 +73,7 @@ def test_every_variant_is_checked_and_measured(setting: round.Setting) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_measured_by_default_passes_with_room() -> None:
+def test_what_is_measured_by_default_passes_with_a_margin() -> None:
     """At a learning rate of 1e-4 what rounding grew to had the variant refused, with these prompts and 32 images."""
     setting = round.Setting("ViT-B-32-quickgelu", "image", 1, 1, 32, ("fp32",), 2, CPU)
     posed = make_problem(setting.model, setting.batch)
@@ -219,8 +219,8 @@ def test_text_rows(setting: round.Setting) -> None:
 def test_wrong_cached_images_are_refused(setting: round.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     features = build_task.frozen_image_features
     monkeypatch.setattr(build_task, "frozen_image_features", lambda *a: features(*a).roll(1, 0))
-    told = measured(setting, encoder="text", only=("fastdlp",))["failed"]
-    assert told[0].startswith("fastdlp in fp32 does not compute the losses of all 20 tokens")
+    lines = measured(setting, encoder="text", only=("fastdlp",))["failed"]
+    assert lines[0].startswith("fastdlp in fp32 does not compute the losses of all 20 tokens")
 
 
 def test_operations_of_the_frozen_products(problem: Problem) -> None:
@@ -279,11 +279,11 @@ def test_a_file_that_cannot_be_written_loses_no_result(model: str, cli: CLI, tmp
     *progress, line = err.splitlines()
     assert code == 2
     assert "cannot write" in line
-    assert all(re.match(r" +\d+\.\d s  \S", told) for told in progress)
+    assert all(re.match(r" +\d+\.\d s  \S", line) for line in progress)
     assert json.loads(out)["rows"]
 
 
-def test_nothing_left_is_told(model: str, cli: CLI) -> None:
+def test_nothing_left_is_refused(model: str, cli: CLI) -> None:
     code, _, err = cli("bench", "round", "--model", model, "--only", "autocast", "--precision", "fp32")
     assert code == 2
     assert "no variant is left" in err

@@ -122,7 +122,7 @@ print(json.dumps([figures, faults(job, figures)]))
 
 
 @pytest.mark.slow
-def test_ptxas_is_heard_also_of_what_is_cached(tmp_path: Path) -> None:
+def test_the_log_of_ptxas_is_kept_in_the_cache(tmp_path: Path) -> None:
     """Compiled, from the cache, and from a cache without the log; the kernel's operands are host tensor descriptors."""
     (tmp_path / "descriptors.py").write_text(DESCRIPTORS)
     done = compiling(tmp_path / "descriptors.py")
@@ -213,7 +213,7 @@ def fine(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("of", "changes", "told"),
+    ("of", "changes", "fault"),
     [
         ({}, {}, None),
         ({"arch": "80"}, {"shared": 163 * 1024, "mma": MMA, "hgmma": 0, "hmma": 8, "waits": 0}, None),
@@ -222,7 +222,7 @@ def fine(**changes: Any) -> dict[str, Any]:
         ({"constants": {"BLOCK_M": 32}}, {"mma": MMA, "hgmma": 0, "waits": 0}, None),
         ({"signature": {"x_ptr": "*fp16"}}, {"mma": "wgmma.m64n128k16.f16"}, None),
         ({"signature": {"x": "tensordesc<fp16[64, 64]>"}}, {"mma": "wgmma.m64n128k16.f16"}, None),
-        ({}, {"mma": f"{MMA}, wgmma.m64n128k16.bf16"}, None),  # of a product with few rows, behind the main loop
+        ({}, {"mma": f"{MMA}, wgmma.m64n128k16.bf16"}, None),  # of a product with few rows, after the main loop
         ({}, {"mma": f"{MMA}, wgmma.m64n128k16.bf16", "hgmma": 0, "hmma": 8}, "expected wgmma of bf16"),
         ({"kernel": "down_kernel"}, {"waits": 4, "drains": 4}, None),
         ({}, {"hgmma": 5, "waits": 3}, None),
@@ -244,10 +244,10 @@ def fine(**changes: Any) -> dict[str, Any]:
         ({}, {"mma": "wgmma.m64n128k16.bf16, wgmma.m64n128k8.tf32"}, "expected wgmma of bf16"),
     ],
 )
-def test_what_makes_a_kernel_fail(of: dict[str, Any], changes: dict[str, Any], told: str | None) -> None:
+def test_what_makes_a_kernel_fail(of: dict[str, Any], changes: dict[str, Any], fault: str | None) -> None:
     faults = compile.faults(job(**of), fine(**changes))
-    assert len(faults) == (told is not None)
-    assert told is None or told in faults[0]
+    assert len(faults) == (fault is not None)
+    assert fault is None or fault in faults[0]
 
 
 @pytest.mark.slow

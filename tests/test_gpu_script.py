@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Tells its device and what is installed, lists how it was called, writes what --output names, and ends as told.
+# Prints its device and what is installed, lists its calls, writes what --output names, and exits as asked.
 STUB = r"""#!/usr/bin/env bash
 case "$*" in
 *get_device_name*) echo stub-gpu; exit ;;
@@ -121,19 +121,19 @@ def test_stages_by_name_and_in_order(script: Script) -> None:
     assert list(ends(script(STAGES="C")[2])) == ["preflight", "baselines", "text", "racecheck"]
 
 
-def test_an_unknown_stage_is_told_at_once(script: Script) -> None:
+def test_an_unknown_stage_is_refused_at_once(script: Script) -> None:
     code, output, files, calls = script(STAGES="preflight kernel")
     assert (code, files, calls) == (2, {}, [])
     assert "unknown stage kernel: choose from " in output
 
 
-def test_no_gpu_is_told(script: Script) -> None:
+def test_no_gpu_is_reported(script: Script) -> None:
     code, output, files, _ = script("#!/bin/sh\nexit 1\n")
     assert (code, files) == (2, {})
     assert "torch sees no CUDA GPU here" in output
 
 
-def test_a_red_test_is_told_and_the_run_goes_on(script: Script) -> None:
+def test_a_failed_test_is_reported_and_the_run_continues(script: Script) -> None:
     code, _, files, _ = script(STAGES="tests kernels", FAIL="test_cuda.py=1")
     assert code == 1
     assert ends(files)["tests"].startswith("FAILED with exit code 1")
