@@ -1,9 +1,9 @@
-# make          what there is to make
+# make          lists the targets
 # Everything runs in .venv, which `make .venv` creates.
 .DEFAULT_GOAL := help
 .PHONY: help test slow lint format bench ci
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[.a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv: ## a virtual environment with fastdlp and its tools, editable
@@ -19,11 +19,11 @@ slow: .venv ## the slow tests: compilers, other processes, wrong variants, other
 lint: .venv ## ruff and the type checker
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
-format: .venv ## let ruff put things in order
+format: .venv ## fix and format with ruff
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
 
 bench: .venv ## a federated round beside PEFT on this machine
 	.venv/bin/fastdlp bench round
 
-ci: ## what has to pass: fresh environment, tests, lint, types
+ci: ## all checks in a fresh environment: tests, slow tests, lint, types
 	.ci/run
